@@ -1,0 +1,1 @@
+"""EndoPhantom: procedural endoscopy phantoms with ground truth, and the small model trained on them."""

@@ -1,0 +1,1 @@
+"""Training of the embedded models: ``python -m medsteer_core.endophantom.train --help``."""

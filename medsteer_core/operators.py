@@ -1,0 +1,165 @@
+"""What steering does to one activation tensor: pure functions, and the same as values chosen by name.
+
+`a` is (..., C), usually (rows, tokens, C); `d` is (R, C) with orthonormal rows, on the device and in the dtype of `a`.
+Nothing here casts the activation, waits for the device, or changes `a` in place.
+METHOD: suppress, ablate, add on the output of a text cross-attention (MedSteer, arXiv 2603.07066).
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from .errors import MedSteerError
+
+
+class Step(Protocol):
+    """What an operator needs to know of a site at a noise level (see pathology_vector.StepDirection)."""
+
+    directions: Tensor
+    gaps: Tensor
+
+
+def suppress(a: Tensor, d: Tensor, strength: float, keep_norm: bool) -> Tensor:
+    """`a - strength * sum_i max(0, a.d_i) d_i` for each token, then rescaled to the token's former norm if asked.
+
+    METHOD: suppress (arXiv 2603.07066). Tokens that point away from `d` stay as they are. At strength 2 this is a
+    reflection of every positive projection, which keeps the norm by itself, so rescaling is left out there.
+    """
+    if strength == 0:
+        return a
+    steered = _add_rows(a, (a @ d.mT).clamp_min(0), d, -strength)
+    return _restore_norm(a, steered) if keep_norm and strength != 2 else steered
+
+
+def ablate(a: Tensor, d: Tensor, keep_norm: bool) -> Tensor:
+    """`a - sum_i (a.d_i) d_i`: no token has any projection on `d` left."""
+    steered = _add_rows(a, a @ d.mT, d, -1.0)
+    return _restore_norm(a, steered) if keep_norm else steered
+
+
+def add(a: Tensor, d: Tensor, amount: Tensor, keep_norm: bool) -> Tensor:
+    """`a + sum_i amount_i d_i`, the same for every token; `amount` (R,) is signed, in the activation's own units."""
+    steered = a + amount @ d
+    return _restore_norm(a, steered) if keep_norm else steered
+
+
+def _add_rows(a: Tensor, coefficients: Tensor, d: Tensor, scale: float) -> Tensor:
+    """`a + scale * coefficients @ d` in one kernel; coefficients (..., R)."""
+    channels, rank = a.shape[-1], d.shape[0]
+    return torch.addmm(a.reshape(-1, channels), coefficients.reshape(-1, rank), d, alpha=scale).view(a.shape)
+
+
+def _restore_norm(a: Tensor, steered: Tensor) -> Tensor:
+    """`steered` with each token rescaled to the norm it has in `a`.
+
+    A token of which nothing but rounding is left (it was zero, or lay wholly along the direction) is not rescaled:
+    that would blow the rounding up to a random direction of full length.
+    """
+    wide = torch.promote_types(a.dtype, torch.float32)  # a half-precision sum of squares overflows
+    before = torch.linalg.vector_norm(a, dim=-1, keepdim=True, dtype=wide)
+    after = torch.linalg.vector_norm(steered, dim=-1, keepdim=True, dtype=wide)
+    ratio = before / after.clamp_min(torch.finfo(wide).tiny)
+    meaningful = after > 4 * torch.finfo(a.dtype).eps * before
+    return steered * torch.where(meaningful, ratio, 1.0).to(a.dtype)
+
+
+@dataclass(frozen=True)
+class Operator(ABC):
+    """A steering rule with its parameters. Call it with an activation and a step of the vector."""
+
+    name: ClassVar[str] = ""
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the operator returns every activation untouched."""
+        return getattr(self, "strength", None) == 0
+
+    @abstractmethod
+    def __call__(self, a: Tensor, step: Step) -> Tensor:
+        """`a` (..., C) steered; the very same object when the operator is the identity."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name and parameters, for provenance; `from_dict` reads it back."""
+        return {"name": self.name, **asdict(self)}
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> "Operator":
+        """The operator that `to_dict` described. Raises MedSteerError for an unknown name or parameter."""
+        parameters = dict(values)
+        return make_operator(parameters.pop("name", None), **parameters)
+
+
+@dataclass(frozen=True)
+class Suppress(Operator):
+    """Take `strength` times every positive projection away; the preset of MedSteer is 2 with the norm kept."""
+
+    name: ClassVar[str] = "suppress"
+    strength: float = 2.0
+    keep_norm: bool = True
+
+    def __post_init__(self) -> None:
+        _check_strength(self)
+
+    def __call__(self, a: Tensor, step: Step) -> Tensor:
+        return suppress(a, step.directions, self.strength, self.keep_norm)
+
+
+@dataclass(frozen=True)
+class Ablate(Operator):
+    """Take the whole projection away, positive or negative."""
+
+    name: ClassVar[str] = "ablate"
+    keep_norm: bool = False
+
+    def __call__(self, a: Tensor, step: Step) -> Tensor:
+        return ablate(a, step.directions, self.keep_norm)
+
+
+@dataclass(frozen=True)
+class Add(Operator):
+    """Move every token by `strength` class gaps toward the finding (`present`) or away from it (`absent`)."""
+
+    name: ClassVar[str] = "add"
+    strength: float = 1.0
+    toward: str = "present"
+    keep_norm: bool = False
+
+    def __post_init__(self) -> None:
+        _check_strength(self)
+        if self.toward not in ("present", "absent"):
+            raise MedSteerError(f"add: toward is {self.toward!r}; 'present' or 'absent' was expected.")
+
+    def __call__(self, a: Tensor, step: Step) -> Tensor:
+        if self.is_identity:
+            return a
+        signed = self.strength if self.toward == "present" else -self.strength
+        return add(a, step.directions, signed * step.gaps, self.keep_norm)
+
+
+OPERATORS: dict[str, type[Operator]] = {kind.name: kind for kind in (Suppress, Ablate, Add)}
+
+
+def make_operator(name: str, **parameters: Any) -> Operator:
+    """The operator called `name`. Raises MedSteerError for an unknown name or parameter."""
+    if name not in OPERATORS:
+        raise MedSteerError(f"There is no operator {name!r}; choose one of {', '.join(OPERATORS)}.")
+    kind = OPERATORS[name]
+    known = [entry.name for entry in fields(kind)]
+    if unknown := sorted(set(parameters) - set(known)):
+        raise MedSteerError(f"The operator {name!r} has no parameter {', '.join(unknown)}; it has {', '.join(known)}.")
+    return kind(**parameters)
+
+
+def _check_strength(operator: Operator) -> None:
+    try:
+        strength = float(operator.strength)
+    except (TypeError, ValueError):
+        strength = math.nan
+    if not math.isfinite(strength):
+        raise MedSteerError(f"{operator.name}: strength is {operator.strength!r}; a finite number was expected.")
+    object.__setattr__(operator, "strength", strength)

@@ -1,0 +1,206 @@
+"""The pathology vector: for each cross-attention site and noise level, the direction that tells present from absent."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import MedSteerError
+from .schedule import interpolate_index
+
+UNIT_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class SiteDirections:
+    """What one site learnt: S steps, R directions a step, C channels; all float32 on the CPU.
+
+    directions: (S, R, C) unit rows, orthonormal within a step, pointing from absent to present
+    gaps: (S, R) how far apart the class means are along each direction, >= 0
+    centres: (S, C) the midpoint of the two class means
+    projections: (S, 2, R) mean projection of [present, absent] on each direction
+    spreads: (S, 2) root of the total within-class variance of the samples' token means, [present, absent]
+    """
+
+    directions: Tensor
+    gaps: Tensor
+    centres: Tensor
+    projections: Tensor
+    spreads: Tensor
+
+
+SITE_FIELDS = tuple(entry.name for entry in fields(SiteDirections))
+
+
+@dataclass(frozen=True, eq=False)
+class StepDirection:
+    """One site at one sigma: directions (R, C), gaps (R,), projections (2, R) of [present, absent]."""
+
+    directions: Tensor
+    gaps: Tensor
+    projections: Tensor
+
+    def cast(self, device: torch.device, dtype: torch.dtype) -> "StepDirection":
+        """The same on another device and dtype. (Not `to`: ComfyUI calls that on whatever has it.)"""
+        return StepDirection(*(getattr(self, f.name).to(device=device, dtype=dtype) for f in fields(self)))
+
+
+@dataclass(frozen=True, eq=False)
+class PathologyVector:
+    """The directions of all sites, and how they came about. A value: change nothing inside.
+
+    sites: name -> SiteDirections in execution order; widths may differ between sites, steps and rank don't
+    sigmas: (S,) float32, strictly descending, > 0: the noise levels recorded
+    provenance: JSON-able facts: prompts, seeds, sampler, steps, cfg, noise mode, model fingerprint, versions ...
+    flow: whether the model is a flow model (sigma is then interpolated linearly, otherwise in its logarithm)
+
+    Raises MedSteerError that names the site, the shape that came and the shape that was wanted.
+    """
+
+    sites: Mapping[str, SiteDirections]
+    sigmas: Tensor
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    flow: bool = False
+
+    def __post_init__(self) -> None:
+        # Own copies: the caller's dicts may change later, and JSON would turn tuples into lists only after a reload.
+        object.__setattr__(self, "sites", dict(self.sites))
+        object.__setattr__(self, "provenance", json.loads(canonical_json(dict(self.provenance))))
+        object.__setattr__(self, "flow", bool(self.flow))
+        _check_sigmas(self.sigmas)
+        if not self.sites:
+            raise MedSteerError("A pathology vector needs at least one cross-attention site, and this one has none.")
+        for name, site in self.sites.items():
+            _check_site(name, site, self.steps, self.rank)
+
+    @property
+    def steps(self) -> int:
+        """Number of recorded noise levels, S."""
+        return self.sigmas.shape[0]
+
+    @property
+    def rank(self) -> int:
+        """Number of directions at each site and step, R."""
+        return next(iter(self.sites.values())).gaps.shape[-1]
+
+    @property
+    def site_names(self) -> tuple[str, ...]:
+        """The sites' names in execution order."""
+        return tuple(self.sites)
+
+    def channels(self, site: str) -> int:
+        """Width of a site's activations, C."""
+        return self._site(site).directions.shape[-1]
+
+    def at(self, site: str, sigma: float) -> StepDirection:
+        """The directions at any sigma: interpolated between the recorded steps and renormalised.
+
+        A recorded sigma gives the recorded values bit by bit; beyond the ends the end stands.
+        """
+        values = self._site(site)
+        lo, hi, weight = interpolate_index(self.sigmas, sigma, self.flow)
+        if weight == 0:
+            return StepDirection(values.directions[lo], values.gaps[lo], values.projections[lo])
+        return StepDirection(
+            _mix_directions(values.directions[lo], values.directions[hi], weight),
+            torch.lerp(values.gaps[lo], values.gaps[hi], weight),
+            torch.lerp(values.projections[lo], values.projections[hi], weight),
+        )
+
+    def content_hash(self) -> str:
+        """64 hex digits of SHA-256 over every value and the provenance; the same however the vector is stored."""
+        digest = hashlib.sha256()
+        header = {"sites": list(self.sites), "flow": self.flow, "provenance": self.provenance}
+        _update(digest, canonical_json(header).encode())
+        for tensor in (self.sigmas, *(getattr(site, name) for site in self.sites.values() for name in SITE_FIELDS)):
+            _update(digest, repr(tuple(tensor.shape)).encode())
+            _update(digest, tensor.detach().numpy().astype("<f4").tobytes())
+        return digest.hexdigest()
+
+    def short_hash(self) -> str:
+        """The first ten digits of the content hash, for file names and summaries."""
+        return self.content_hash()[:10]
+
+    def _site(self, name: str) -> SiteDirections:
+        if name not in self.sites:
+            raise MedSteerError(
+                f"The pathology vector has no site '{name}'; it has {len(self.sites)}, from '{self.site_names[0]}' to "
+                f"'{self.site_names[-1]}'. Use a vector that was extracted from this model."
+            )
+        return self.sites[name]
+
+
+def canonical_json(value: Any) -> str:
+    """`value` as JSON that is the same for equal values. Raises MedSteerError for what JSON can't hold."""
+    try:
+        # Read back once: only then are keys such as 1 and "1" sorted as the strings they become.
+        plain = json.loads(json.dumps(value, allow_nan=False))
+        return json.dumps(plain, sort_keys=True, separators=(",", ":"))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise MedSteerError(
+            f"A vector's provenance must be JSON (text, finite numbers, true/false, null, lists, dicts): {error}"
+        ) from error
+
+
+def _update(digest: Any, data: bytes) -> None:
+    """Hash `data` behind its length, so that no two sequences of parts run together to the same bytes."""
+    digest.update(len(data).to_bytes(8, "little"))
+    digest.update(data)
+
+
+def _mix_directions(a: Tensor, b: Tensor, weight: float) -> Tensor:
+    """The orthonormal rows nearest to the weighted mean of two sets of orthonormal rows (R, C).
+
+    For one row that is the mean, renormalised; for more, the mean's polar factor, which favours no row. Rows that
+    cancel (opposite directions, half way) have no such mean: the nearer step's are taken.
+    """
+    mixed = torch.lerp(a, b, weight)
+    if mixed.shape[0] == 1:
+        length = torch.linalg.vector_norm(mixed)
+        return mixed / length if length > UNIT_TOLERANCE else (a if weight < 0.5 else b)
+    u, lengths, v = torch.linalg.svd(mixed, full_matrices=False)
+    return u @ v if lengths[-1] > UNIT_TOLERANCE else (a if weight < 0.5 else b)
+
+
+def _check_sigmas(sigmas: Tensor) -> None:
+    _check_tensor("sigmas", sigmas, None)
+    if sigmas.ndim != 1 or sigmas.shape[0] == 0:
+        raise MedSteerError(f"sigmas has shape {tuple(sigmas.shape)}; (steps,) with at least one step was expected.")
+    if not bool((sigmas > 0).all()) or not bool((sigmas[1:] < sigmas[:-1]).all()):
+        raise MedSteerError(f"sigmas must be positive and strictly descending; got {sigmas.tolist()}.")
+
+
+def _check_site(name: str, site: SiteDirections, steps: int, rank: int) -> None:
+    channels = site.directions.shape[-1] if site.directions.ndim else 0
+    shapes = {
+        "directions": (steps, rank, channels),
+        "gaps": (steps, rank),
+        "centres": (steps, channels),
+        "projections": (steps, 2, rank),
+        "spreads": (steps, 2),
+    }
+    for entry, wanted in shapes.items():
+        _check_tensor(f"Site '{name}': {entry}", getattr(site, entry), wanted)
+    products = site.directions @ site.directions.transpose(-1, -2)
+    worst = (products - torch.eye(rank)).abs().amax().item()
+    if worst > UNIT_TOLERANCE:
+        raise MedSteerError(
+            f"Site '{name}': directions must have unit length and be orthogonal within a step; they are off by "
+            f"{worst:.3g}, and {UNIT_TOLERANCE} is allowed. Normalise them."
+        )
+    for entry in ("gaps", "spreads"):
+        if bool((getattr(site, entry) < 0).any()):
+            raise MedSteerError(f"Site '{name}': {entry} has negative values; {entry} are lengths, 0 or more.")
+
+
+def _check_tensor(label: str, tensor: Tensor, wanted: tuple[int, ...] | None) -> None:
+    if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+        raise MedSteerError(f"{label} is {tensor.dtype} on {tensor.device}; torch.float32 on cpu was expected.")
+    if wanted is not None and (tuple(tensor.shape) != wanted or 0 in wanted):
+        raise MedSteerError(f"{label} has shape {tuple(tensor.shape)}; {wanted}, and nothing empty, was expected.")
+    if not bool(torch.isfinite(tensor).all()):
+        raise MedSteerError(f"{label} has values that are not finite (NaN or infinity). Extract the vector again.")

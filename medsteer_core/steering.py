@@ -1,0 +1,206 @@
+"""Steering plans: which operator acts with which vector, at which sites, when in the schedule, on which rows."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .errors import MedSteerError
+from .operators import Operator, Step
+from .pathology_vector import PathologyVector, StepDirection
+from .schedule import SigmaWindow
+
+ALL_ROWS = "all"
+# Rows of one call as (start, stop) pairs, slices or ranges of step 1; None is every row.
+RowRange = slice | range | tuple[int, int]
+RowRanges = Sequence[RowRange] | None
+RowNames = Mapping[str, RowRanges] | Callable[[str], RowRanges]
+
+
+@dataclass(frozen=True, eq=False)
+class Steering:
+    """One Steer node. `sites` are names of the vector's; `rows` is `all`, `positive`, `negative` or a cond's name."""
+
+    vector: PathologyVector
+    operator: Operator
+    window: SigmaWindow
+    sites: tuple[str, ...]
+    rows: str = ALL_ROWS
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sites", tuple(self.sites))
+        if not self.sites:
+            raise MedSteerError("A steering needs at least one site; write 'all' in sites to use every one.")
+        if not self.rows:
+            raise MedSteerError("rows is empty; write 'all', 'positive', 'negative' or the name of a conditioning.")
+        for site in self.sites:
+            self.vector.channels(site)  # raises for a site that the vector lacks
+
+    def acts_at(self, sigma: float) -> bool:
+        """Whether anything can change at this noise level."""
+        return not self.operator.is_identity and sigma in self.window
+
+
+@dataclass(frozen=True, eq=False)
+class SteeringPlan:
+    """Steerings in the order in which they act. Immutable: `then` gives a longer plan and leaves this one alone."""
+
+    steerings: tuple[Steering, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "steerings", tuple(self.steerings))
+        widths: dict[str, int] = {}
+        for steering in self.steerings:
+            for site in steering.sites:
+                width = steering.vector.channels(site)
+                if widths.setdefault(site, width) != width:
+                    raise MedSteerError(
+                        f"Two vectors are chained whose site '{site}' has {widths[site]} and {width} channels: they "
+                        "come from different models. Use vectors of this model."
+                    )
+
+    def then(self, steering: Steering) -> "SteeringPlan":
+        """This plan with `steering` after it."""
+        return SteeringPlan((*self.steerings, steering))
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites that something can change, in execution order; () for a plan that changes nothing."""
+        active = [steering for steering in self.steerings if not steering.operator.is_identity]
+        touched = {site for steering in active for site in steering.sites}
+        order = dict.fromkeys(site for steering in active for site in steering.vector.site_names)
+        return tuple(site for site in order if site in touched)
+
+
+def apply_steering(activation: Tensor, operator: Operator, step: Step, rows: RowRanges = None) -> Tensor:
+    """`activation` (rows, tokens, C) steered in the given rows (None: all); the others stay bit-identical.
+
+    A new tensor, or the same object where nothing changes. `step` is on the activation's device, in its dtype.
+    """
+    if operator.is_identity:
+        return activation
+    if rows is None:
+        return operator(activation, step)
+    chosen = [_slice(entry, activation.shape[0]) for entry in rows]
+    chosen = [part for part in chosen if part.stop > part.start]
+    if not chosen:
+        return activation
+    if chosen == [slice(0, activation.shape[0])]:
+        return operator(activation, step)
+    steered = activation.clone()
+    for part in chosen:
+        steered[part] = operator(activation[part], step)
+    return steered
+
+
+def _slice(entry: RowRange, count: int) -> slice:
+    start, stop = entry if isinstance(entry, tuple) else (entry.start or 0, entry.stop)
+    stop = count if stop is None else stop
+    if getattr(entry, "step", None) not in (None, 1) or not 0 <= start <= stop <= count:
+        raise MedSteerError(f"Rows {entry} were asked for, but the model call has rows 0 to {count - 1}.")
+    return slice(start, stop)
+
+
+@dataclass
+class _AtSigma:
+    """The directions for one noise level: on the host, and for each (device, dtype) that asked."""
+
+    sigma: float
+    host: dict[tuple[int, str], StepDirection]  # (index of the steering, site) -> step
+    cast: dict[tuple[torch.device, torch.dtype], dict[tuple[int, str], StepDirection]] = field(default_factory=dict)
+
+    def on(self, device: torch.device, dtype: torch.dtype) -> dict[tuple[int, str], StepDirection]:
+        key = (torch.device(device), dtype)
+        if key not in self.cast:
+            self.cast[key] = _cast_together(self.host, *key)
+        return self.cast[key]
+
+
+class PreparedPlan:
+    """A plan during one sampling run. Make one for each run: it holds the run's state and nothing outlives it.
+
+    `prepare` once before each model call, then `apply` at each site. Directions are looked up and cast once for each
+    (sigma, device, dtype); only the current sigma's are held. Afterwards `touches[i]` says how often steering i
+    changed something (sites x calls), and `untouched()` names the steerings that never did.
+    """
+
+    def __init__(self, plan: SteeringPlan) -> None:
+        self.plan = plan
+        self.touches: list[int] = [0] * len(plan.steerings)
+        self._step: _AtSigma | None = None
+
+    def prepare(self, sigma: float, dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
+        """Get ready for a model call; returns the sites that can change at this sigma, () if there are none."""
+        sigma = float(sigma)
+        step = self._step
+        if step is None or step.sigma != sigma:
+            # Replaced and never changed in place: another device's thread may still read the old one.
+            step = self._step = _AtSigma(sigma, self._look_up(sigma))
+        if step.host:
+            step.on(device, dtype)
+        active = {site for _, site in step.host}
+        return tuple(site for site in self.plan.sites if site in active)
+
+    def _look_up(self, sigma: float) -> dict[tuple[int, str], StepDirection]:
+        return {
+            (index, site): steering.vector.at(site, sigma)
+            for index, steering in enumerate(self.plan.steerings)
+            if steering.acts_at(sigma)
+            for site in steering.sites
+        }
+
+    def apply(self, site: str, activation: Tensor, rows: RowNames) -> Tensor:
+        """`activation` (rows, tokens, C) of `site` after every steering that acts now, in the plan's order.
+
+        `rows` tells where a named cond's rows are in this call: a mapping or a function from name to ranges (None:
+        every row; empty or missing: none, as in a call that holds only the other cond). `all` is not looked up.
+        Raises MedSteerError when the activation's width is not the vector's.
+        """
+        if self._step is None:
+            raise RuntimeError("prepare() comes before apply()")
+        steps = self._step.on(activation.device, activation.dtype) if self._step.host else {}
+        for index, steering in enumerate(self.plan.steerings):
+            step = steps.get((index, site))
+            if step is None:
+                continue
+            _check_width(site, activation, step)
+            steered = apply_steering(activation, steering.operator, step, _ranges(rows, steering.rows))
+            self.touches[index] += steered is not activation
+            activation = steered
+        return activation
+
+    def untouched(self) -> tuple[Steering, ...]:
+        """The steerings that should have changed something (their operator is no identity) and did not."""
+        pairs = zip(self.plan.steerings, self.touches, strict=True)
+        return tuple(steering for steering, count in pairs if count == 0 and not steering.operator.is_identity)
+
+
+def _ranges(rows: RowNames, name: str) -> RowRanges:
+    if name == ALL_ROWS:
+        return None
+    return rows(name) if callable(rows) else rows.get(name, ())
+
+
+def _check_width(site: str, activation: Tensor, step: StepDirection) -> None:
+    if activation.ndim != 3 or activation.shape[-1] != step.directions.shape[-1]:
+        raise MedSteerError(
+            f"Site '{site}' of the model gave an activation of shape {tuple(activation.shape)}; the vector wants "
+            f"(rows, tokens, {step.directions.shape[-1]}). Extract the vector from this model."
+        )
+
+
+def _cast_together(
+    steps: Mapping[tuple[int, str], StepDirection], device: torch.device, dtype: torch.dtype
+) -> dict[tuple[int, str], StepDirection]:
+    """All steps on `device` in `dtype` by one transfer, instead of several small ones for each site."""
+    # Field by field, so that the directions, whose widths are multiples of 8, come first and stay aligned.
+    tensors = [getattr(step, name) for name in ("directions", "gaps", "projections") for step in steps.values()]
+    joined = torch.cat([tensor.reshape(-1) for tensor in tensors]).to(device=device, dtype=dtype)
+    parts = [
+        part.view(tensor.shape)
+        for part, tensor in zip(joined.split([tensor.numel() for tensor in tensors]), tensors, strict=True)
+    ]
+    count = len(steps)
+    grouped = zip(parts[:count], parts[count : 2 * count], parts[2 * count :], strict=True)
+    return {key: StepDirection(*values) for key, values in zip(steps, grouped, strict=True)}

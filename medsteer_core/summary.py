@@ -1,0 +1,28 @@
+"""A pathology vector in a few lines of plain text."""
+
+from __future__ import annotations
+
+from .pathology_vector import PathologyVector
+
+
+def describe(vector: PathologyVector) -> str:
+    """Prompts, samples, schedule and sites of a vector, and where its class gap is largest."""
+    facts = vector.provenance
+    texts = {k: v.get("text") for k, v in facts.get("prompts", {}).items() if isinstance(v, dict)}
+    pair = f"{texts.get('present') or 'present'} - {texts.get('absent') or 'absent'}"
+    sizes = sorted({vector.channels(name) for name in vector.site_names})
+    relative = {
+        name: float((site.gaps[:, 0] / site.spreads.mean(1).clamp_min(1e-12)).mean())
+        for name, site in vector.sites.items()
+    }
+    best = max(relative, key=relative.__getitem__)
+    lines = [
+        f"{pair}  [{vector.short_hash()}]",
+        f"{facts.get('samples', '?')} {facts.get('noise', '')} samples a prompt, seed {facts.get('seed', '?')}, "
+        f"{facts.get('sampler', '?')}/{facts.get('scheduler', '')}, {vector.steps} levels, cfg {facts.get('cfg', '?')}",
+        f"{len(vector.site_names)} sites of {', '.join(map(str, sizes))} channels, rank {vector.rank}",
+        f"largest class gap: {relative[best]:.1f} x the spread within a class, at {best}",
+    ]
+    if facts.get("degenerate"):
+        lines.append(f"Warning: {facts['degenerate']} site-steps show no difference between the prompts.")
+    return "\n".join(lines)

@@ -1,0 +1,228 @@
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from medsteer_core.errors import MedSteerError
+from medsteer_core.operators import OPERATORS, Ablate, Add, Operator, Suppress, ablate, add, make_operator, suppress
+
+X = torch.tensor([[1.0, 0.0, 0.0]])  # one direction, rank 1
+XY = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])  # two, rank 2
+A = torch.tensor([[[3.0, 4.0, 0.0], [-3.0, 4.0, 0.0]]])  # one row, two tokens of norm 5: toward and away
+
+
+def close(actual, wanted, tolerance=1e-6):
+    torch.testing.assert_close(actual, torch.tensor(wanted, dtype=actual.dtype), rtol=tolerance, atol=tolerance)
+
+
+def norms(a):
+    return torch.linalg.vector_norm(a.double(), dim=-1)
+
+
+# Hand-computed numbers
+
+
+def test_suppress_2_reflects_positive_projections_and_leaves_negative_ones():
+    close(suppress(A, X, 2.0, keep_norm=True), [[[-3.0, 4.0, 0.0], [-3.0, 4.0, 0.0]]])
+
+
+def test_suppress_1_removes_positive_projections():
+    close(suppress(A, X, 1.0, keep_norm=False), [[[0.0, 4.0, 0.0], [-3.0, 4.0, 0.0]]])
+
+
+def test_suppress_1_with_the_norm_kept_stretches_what_is_left():
+    close(suppress(A, X, 1.0, keep_norm=True), [[[0.0, 5.0, 0.0], [-3.0, 4.0, 0.0]]])
+
+
+def test_suppress_3_with_the_norm_kept():
+    # 3 - 3*3 = -6: (-6, 4) has norm sqrt(52), rescaled to 5
+    scale = 5 / math.sqrt(52)
+    close(suppress(A, X, 3.0, keep_norm=True), [[[-6 * scale, 4 * scale, 0.0], [-3.0, 4.0, 0.0]]])
+
+
+def test_suppress_takes_each_direction_of_a_rank_2_vector_by_itself():
+    close(suppress(A, XY, 2.0, keep_norm=False), [[[-3.0, -4.0, 0.0], [-3.0, -4.0, 0.0]]])
+
+
+def test_ablate_removes_both_signs():
+    close(ablate(A, X, keep_norm=False), [[[0.0, 4.0, 0.0], [0.0, 4.0, 0.0]]])
+    close(ablate(A, X, keep_norm=True), [[[0.0, 5.0, 0.0], [0.0, 5.0, 0.0]]])
+
+
+def test_add_moves_every_token_by_the_signed_amount():
+    close(add(A, X, torch.tensor([2.0]), keep_norm=False), [[[5.0, 4.0, 0.0], [-1.0, 4.0, 0.0]]])
+    close(add(A, XY, torch.tensor([-3.0, 1.0]), keep_norm=False), [[[0.0, 5.0, 0.0], [-6.0, 5.0, 0.0]]])
+
+
+def test_add_with_the_norm_kept_turns_the_token():
+    scale = 5 / math.sqrt(41)
+    close(add(A[:, :1], X, torch.tensor([2.0]), keep_norm=True), [[[5 * scale, 4 * scale, 0.0]]])
+
+
+def test_add_measures_its_strength_in_class_gaps():
+    step = SimpleNamespace(directions=X, gaps=torch.tensor([4.0]))
+    close(Add(0.5, "present")(A, step), [[[5.0, 4.0, 0.0], [-1.0, 4.0, 0.0]]])
+    close(Add(0.5, "absent")(A, step), [[[1.0, 4.0, 0.0], [-5.0, 4.0, 0.0]]])
+
+
+def test_the_operators_chosen_by_name_do_what_the_functions_do():
+    step = SimpleNamespace(directions=X, gaps=torch.tensor([4.0]))
+    assert torch.equal(Suppress(1.5, True)(A, step), suppress(A, X, 1.5, True))
+    assert torch.equal(Ablate(True)(A, step), ablate(A, X, True))
+
+
+# Edges
+
+
+def test_strength_zero_is_the_same_object():
+    step = SimpleNamespace(directions=X, gaps=torch.tensor([4.0]))
+    for operator in (Suppress(0.0, True), Suppress(0.0, False), Add(0.0), Add(0.0, "absent", True)):
+        assert operator.is_identity and operator(A, step) is A
+    assert suppress(A, X, 0.0, keep_norm=True) is A
+    assert not any(operator.is_identity for operator in (Suppress(), Ablate(), Add(), Suppress(1e-9)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_zero_token_stays_zero_and_never_becomes_nan(dtype):
+    zero, d = torch.zeros(1, 2, 3, dtype=dtype), X.to(dtype)
+    for steered in (suppress(zero, d, 1.0, True), suppress(zero, d, 3.0, True), ablate(zero, d, True)):
+        assert torch.equal(steered, zero)
+
+
+def test_a_token_wholly_along_the_direction_is_not_blown_up_from_rounding():
+    d = torch.nn.functional.normalize(torch.arange(1.0, 65.0), dim=0)[None]
+    steered = ablate(7.3 * d[None], d, keep_norm=True)
+    assert norms(steered).max() < 1e-4
+
+
+def test_a_float16_norm_beyond_float16_does_not_overflow():
+    a = torch.full((1, 1, 4096), 2000.0, dtype=torch.float16)  # norm 128000 > 65504
+    d = torch.nn.functional.normalize((torch.arange(4096) < 800).float(), dim=0)[None].to(torch.float16)
+    assert norms(suppress(a, d, 1.0, keep_norm=False)).item() == pytest.approx(
+        128000 * math.sqrt(1 - 800 / 4096), rel=2e-3
+    )
+    steered = suppress(a, d, 1.0, keep_norm=True)
+    assert torch.isfinite(steered).all()
+    assert norms(steered).item() == pytest.approx(128000, rel=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_dtype_is_kept(dtype):
+    step = SimpleNamespace(directions=X.to(dtype), gaps=torch.ones(1, dtype=dtype))
+    for operator in (Suppress(1.5), Ablate(True), Add(1.0, keep_norm=True)):
+        assert operator(A.to(dtype), step).dtype == dtype
+
+
+def test_the_input_is_never_changed_in_place():
+    before = A.clone()
+    step = SimpleNamespace(directions=X, gaps=torch.ones(1))
+    for operator in (Suppress(), Suppress(1.0), Ablate(True), Add(1.0, keep_norm=True)):
+        operator(A, step)
+    assert torch.equal(A, before)
+
+
+def test_a_transposed_activation_is_steered_like_its_copy():
+    a = torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(0)).transpose(0, 1)
+    assert not a.is_contiguous()
+    torch.testing.assert_close(suppress(a, X, 1.5, True), suppress(a.contiguous(), X, 1.5, True))
+
+
+def test_gradients_flow_through_norm_keeping_even_at_zero_tokens():
+    a = torch.tensor([[[3.0, 4.0, 0.0], [0.0, 0.0, 0.0]]], requires_grad=True)
+    suppress(a, X, 1.0, True).sum().backward()
+    assert torch.isfinite(a.grad).all() and a.grad.abs().sum() > 0
+
+
+# Properties
+
+
+@st.composite
+def cases(draw):
+    """An activation (2, 5, 8) and orthonormal directions (R, 8), R from 1 to 3, in float64."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    rank = draw(st.integers(1, 3))
+    d = torch.linalg.qr(torch.randn(8, rank, generator=generator, dtype=torch.float64)).Q.T
+    scale = 10.0 ** draw(st.integers(-3, 3))
+    return torch.randn(2, 5, 8, generator=generator, dtype=torch.float64) * scale, d
+
+
+@settings(deadline=None)
+@given(cases(), st.floats(-4, 4))
+def test_keep_norm_keeps_every_tokens_norm(case, strength):
+    a, d = case
+    for steered in (suppress(a, d, strength, True), ablate(a, d, True), add(a, d, strength * a.new_ones(len(d)), True)):
+        torch.testing.assert_close(norms(steered), norms(a), rtol=1e-9, atol=0)
+
+
+@settings(deadline=None)
+@given(cases())
+def test_suppress_2_keeps_the_norm_without_rescaling(case):
+    a, d = case
+    torch.testing.assert_close(norms(suppress(a, d, 2.0, False)), norms(a), rtol=1e-12, atol=0)
+    assert torch.equal(suppress(a, d, 2.0, True), suppress(a, d, 2.0, False))
+
+
+@settings(deadline=None)
+@given(cases(), st.floats(-4, 4))
+def test_suppress_scales_positive_projections_and_nothing_else(case, strength):
+    a, d = case
+    before, after = a @ d.T, suppress(a, d, strength, False) @ d.T
+    torch.testing.assert_close(after, before - strength * before.clamp_min(0), rtol=1e-9, atol=1e-9 * norms(a).max())
+    rest_before, rest_after = a - before @ d, suppress(a, d, strength, False) - after @ d
+    torch.testing.assert_close(rest_after, rest_before, rtol=1e-9, atol=1e-9 * norms(a).max().item())
+
+
+@settings(deadline=None)
+@given(cases())
+def test_ablating_twice_is_ablating_once(case):
+    a, d = case
+    once = ablate(a, d, False)
+    torch.testing.assert_close(ablate(once, d, False), once, rtol=0, atol=1e-12 * norms(a).max().item())
+    assert (once @ d.T).abs().max() < 1e-12 * norms(a).max()
+
+
+@settings(deadline=None)
+@given(cases(), st.floats(0.01, 4))
+def test_tokens_that_point_away_are_bit_identical_without_norm_keeping(case, strength):
+    a, d = case
+    away = (a @ d.T < 0).all(-1)
+    assume(away.any())
+    assert torch.equal(suppress(a, d, strength, False)[away], a[away])
+
+
+# By name
+
+
+@pytest.mark.parametrize("operator", [Suppress(), Suppress(2.5, False), Ablate(True), Add(-1.5, "absent", True)])
+def test_an_operator_comes_back_from_its_dict(operator):
+    assert Operator.from_dict(operator.to_dict()) == operator
+
+
+def test_the_default_operator_is_medsteers_preset():
+    assert Suppress().to_dict() == {"name": "suppress", "strength": 2.0, "keep_norm": True}
+
+
+def test_operators_are_made_by_name():
+    assert set(OPERATORS) == {"suppress", "ablate", "add"}
+    assert make_operator("add", strength=3, toward="absent") == Add(3.0, "absent", False)
+
+
+@pytest.mark.parametrize("strength", [math.nan, math.inf, -math.inf, "much", None])
+@pytest.mark.parametrize("kind", [Suppress, Add])
+def test_a_strength_that_is_no_finite_number_is_an_error(kind, strength):
+    with pytest.raises(MedSteerError, match=f"{kind.name}: strength is .*; a finite number was expected"):
+        kind(strength)
+
+
+def test_unknown_names_parameters_and_goals_are_errors():
+    with pytest.raises(MedSteerError, match="no operator 'remove'; choose one of suppress, ablate, add"):
+        make_operator("remove")
+    with pytest.raises(MedSteerError, match="no operator None"):
+        Operator.from_dict({"strength": 1.0})
+    with pytest.raises(MedSteerError, match="'ablate' has no parameter strength; it has keep_norm"):
+        make_operator("ablate", strength=1.0)
+    with pytest.raises(MedSteerError, match="'present' or 'absent'"):
+        Add(1.0, "sideways")
