@@ -1,5 +1,20 @@
 """The one error that users see."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class MedSteerError(ValueError):
     """Something the user gave does not fit. The message says what was wrong, what was expected and what to do."""
+
+
+@contextmanager
+def needs(package: str) -> Iterator[None]:
+    """Around the import of a package that only pictures and scores need: MedSteerError when it is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MedSteerError(
+            f"{package} is not installed; scores and pictures need it. Install it for the Python that runs ComfyUI: "
+            f"pip install {package}"
+        ) from error

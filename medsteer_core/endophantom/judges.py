@@ -103,7 +103,7 @@ class Judges:
     def __init__(self, classifier: Classifier, segmenter: Segmenter):
         self.classifier, self.segmenter = classifier.eval(), segmenter.eval()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, images: Tensor) -> Verdict:
         """Judge images ``(batch, 3, H, W)`` in 0..1; masks come back at the images' size, thresholded at 0.5."""
         if images.ndim != 4 or images.shape[1] != 3:
@@ -112,7 +112,7 @@ class Judges:
         probabilities = self.classifier(small).softmax(1)
         soft = self.segmenter(small).sigmoid()
         masks = F.interpolate(soft, size=images.shape[-2:], mode="bilinear", align_corners=False) > 0.5
-        return Verdict(probabilities.clone(), masks.clone())
+        return Verdict(probabilities, masks)
 
 
 def resize(images: Tensor) -> Tensor:

@@ -62,6 +62,7 @@ def run(folder: Path, path: Path = PATH) -> None:
     judged = sum(v.nbytes for k, v in tensors.items() if k.startswith(("classifier.", "segmenter.")))
     if size > LIMIT or judged > JUDGES_LIMIT:
         raise ValueError(f"the bundle has {size} bytes and its judges {judged}; at most {LIMIT} and {JUDGES_LIMIT}")
+    temporary.chmod(0o644)  # safetensors writes files that only their owner can read
     os.replace(temporary, path)
     print(json.dumps(recipe, indent=1))
     print(f"{path}: {size / 1e6:.2f} MB, judges {judged / 1e6:.2f} MB")

@@ -1,0 +1,1 @@
+"""The host adapter: the only part of MedSteer that imports ComfyUI."""

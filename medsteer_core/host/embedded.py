@@ -1,0 +1,170 @@
+"""EndoPhantom as ComfyUI's MODEL, CLIP and VAE."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import comfy.latent_formats
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.supported_models
+import comfy.supported_models_base
+import torch
+from comfy.sd1_clip import escape_important, token_weights, unescape_important
+from torch import Tensor, nn
+
+from ..endophantom import text
+from ..endophantom.autoencoder import PATCH, PatchAutoencoder
+from ..endophantom.bundle import Bundle
+from .pixart import allow_any_size
+
+CONFIG_KEYS = ("in_channels", "patch_size", "hidden_size", "depth", "num_heads", "caption_channels",
+               "model_max_length", "pe_interpolation")  # fmt: skip
+TOKENS = "endophantom"
+
+
+def load_endophantom() -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
+    """The embedded default, ready for core's CLIP Text Encode, KSampler, Empty Latent Image and VAE Decode."""
+    return load_model(), load_clip(), load_vae()
+
+
+class EndoPhantomLatent(comfy.latent_formats.LatentFormat):
+    """Latents of the bundle's autoencoder: unit mean square, 8x smaller than the image."""
+
+    latent_channels = 16
+    spacial_downscale_ratio = PATCH
+
+    def __init__(self, autoencoder: dict[str, Tensor]):
+        linear = autoencoder["linear.weight"].sum((2, 3)).view(3, PATCH * PATCH, -1).mean(1)
+        self.latent_channels = linear.shape[1]
+        self.latent_rgb_factors = linear.T.tolist()
+        self.latent_rgb_factors_bias = autoencoder["linear.bias"].view(3, -1).mean(1).tolist()
+
+
+class _PixArt(comfy.supported_models.PixArtAlpha):
+    """PixArt's schedule with v-prediction, in float32."""
+
+    latent_format = comfy.latent_formats.LatentFormat
+    supported_inference_dtypes = [torch.float32]
+
+    def get_model(self, state_dict, prefix="", device=None):
+        return comfy.model_base.PixArt(self, model_type=comfy.model_base.ModelType.V_PREDICTION, device=device).eval()
+
+
+def load_model(disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    """The PixArt as MODEL, run by ComfyUI's own PixArt classes."""
+    bundle = Bundle()
+    sizes = {key: bundle.recipe["generator"][key] for key in CONFIG_KEYS}
+    # The config is not detected: ComfyUI's detection knows one width (1152) and four channels.
+    config = _PixArt({**sizes, "micro_condition": False, "pred_sigma": False, "learn_sigma": False})
+    config.latent_format = EndoPhantomLatent(bundle.part("autoencoder"))
+    device = comfy.model_management.get_torch_device()
+    offload = comfy.model_management.unet_offload_device()
+    config.set_inference_dtype(torch.float32, None, device=device)
+    weights = bundle.part("generator")
+    model = config.get_model(weights, "")
+    kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    patcher = kind(model, load_device=device, offload_device=offload)
+    model.load_model_weights(weights, "", assign=patcher.is_dynamic())
+    patcher.cached_patcher_init = (load_model, ())
+    return allow_any_size(patcher)
+
+
+class EndoPhantomTokenizer:
+    """Words to weighted token ids; understands ComfyUI's ``(word:1.2)``."""
+
+    def __init__(self, embedding_directory=None, tokenizer_data=None):
+        pass
+
+    def tokenize_with_weights(self, prompt: str, return_word_ids: bool = False, **_kwargs) -> dict[str, list]:
+        tokens = [(text.tokenize("")[0], 1.0, 0)]
+        for number, (segment, weight) in enumerate(token_weights(escape_important(prompt), 1.0), start=1):
+            tokens += [(token, weight, number) for token in text.word_ids(unescape_important(segment))]
+        return {TOKENS: [tokens if return_word_ids else [token[:2] for token in tokens]]}
+
+    def untokenize(self, pairs: list[tuple]) -> list[tuple]:
+        return [(pair, text.VOCABULARY[pair[0]]) for pair in pairs]
+
+    def state_dict(self) -> dict:
+        return {}
+
+
+class EndoPhantomText(nn.Module):
+    """The text encoder behind ComfyUI's CLIP interface."""
+
+    def __init__(self, device=None, dtype=None, model_options=None):
+        super().__init__()
+        self.encoder = text.TextEncoder().to(device=device, dtype=dtype).requires_grad_(False)
+        self.dtypes = {dtype}
+
+    def set_clip_options(self, options: dict[str, Any]) -> None:
+        pass
+
+    def reset_clip_options(self) -> None:
+        pass
+
+    def encode_token_weights(self, tokens: dict[str, list]) -> tuple[Tensor, Tensor]:
+        """Context ``(1, tokens, width)`` and a pooled ``(1, width)``; weights scale away from the start token."""
+        (pairs,) = tokens[TOKENS]
+        parameter = next(self.parameters())
+        ids = torch.tensor([[pair[0] for pair in pairs]], device=parameter.device)
+        weights = torch.tensor([pair[1] for pair in pairs], device=parameter.device, dtype=parameter.dtype)
+        context = self.encoder(ids)
+        start = context[:, :1]
+        if not all(math.isclose(pair[1], 1.0) for pair in pairs):
+            context = start + weights[None, :, None] * (context - start)
+        device = comfy.model_management.intermediate_device()
+        return context.float().to(device), start[:, 0].float().to(device)
+
+    def load_sd(self, state: dict[str, Tensor]):
+        return self.encoder.load_state_dict(state, strict=False, assign=getattr(self, "can_assign_sd", False))
+
+
+def load_clip(disable_dynamic: bool = False) -> comfy.sd.CLIP:
+    """The text encoder as a real CLIP object."""
+    state = Bundle().part("text")
+    target = comfy.supported_models_base.ClipTarget(EndoPhantomTokenizer, EndoPhantomText)
+    size = sum(value.numel() for value in state.values())
+    options = {"dtype": torch.float32}
+    clip = comfy.sd.CLIP(
+        target, parameters=size, state_dict=[state], model_options=options, disable_dynamic=disable_dynamic
+    )
+    clip.patcher.cached_patcher_init = (_load_clip_patcher, ())
+    return clip
+
+
+def _load_clip_patcher(disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    """What ComfyUI calls to have the text encoder a second time: for CLIP hooks, or on another device."""
+    return load_clip(disable_dynamic).patcher
+
+
+class EndoPhantomVAE(comfy.sd.VAE):
+    """ComfyUI's VAE around the bundle's autoencoder."""
+
+    def __init__(self, state: dict[str, Tensor]):
+        super().__init__(sd={"pixel_space_vae": torch.tensor(1.0)}, dtype=torch.float32)  # a plain 2-D VAE's fields
+        network = PatchAutoencoder(state["encoder.weight"].shape[0])
+        network.load_state_dict(state)
+        self.first_stage_model = network.eval().requires_grad_(False).to(self.vae_dtype)
+        self.downscale_ratio = self.upscale_ratio = PATCH
+        self.latent_channels = network.channels
+        self.memory_used_encode = lambda shape, dtype: 32 * shape[-1] * shape[-2] * 4
+        self.memory_used_decode = lambda shape, dtype: 2048 * shape[-1] * shape[-2] * 4
+        comfy.model_management.archive_model_dtypes(self.first_stage_model)
+        offload = comfy.model_management.vae_offload_device()
+        self.patcher = comfy.model_patcher.ModelPatcher(network, load_device=self.device, offload_device=offload)
+        self.size = comfy.model_management.module_size(network)
+
+
+def load_vae() -> comfy.sd.VAE:
+    """The autoencoder as a VAE object: 8x, as many channels as the bundle's."""
+    vae = EndoPhantomVAE(Bundle().part("autoencoder"))
+    vae.patcher.cached_patcher_init = (_load_vae_patcher, ())
+    return vae
+
+
+def _load_vae_patcher(disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    return load_vae().patcher

@@ -1,0 +1,222 @@
+"""Steering and capture inside ComfyUI: four stateless wrappers, hooks that live for one model call.
+
+PixArt drops `transformer_options` before its blocks, so patches in there never run; an APPLY_MODEL wrapper always runs.
+For the length of one call it puts forward hooks on the sites and removes them in `finally` (an interrupt is a
+BaseException). The plan travels in the model's `transformer_options`; what a run needs to remember lives in a `_Run`
+that the OUTER_SAMPLE wrapper puts into that run's own copy of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
+from torch import Tensor, nn
+
+from ..errors import MedSteerError
+from ..steering import ALL_ROWS, PreparedPlan, Steering, SteeringPlan
+from .rows import INDEX_NAMES, names_of_indices, names_of_uuids, row_finder
+from .sites import find_sites
+
+KEY = "medsteer"
+_PLAN, _OBSERVER, _RUN = "medsteer_plan", "medsteer_observer", "medsteer_run"
+
+
+class Observer(Protocol):
+    """What a capture gives: called with the rows of the positive conditioning only."""
+
+    def observe(self, site: str, sigma: float, activation: Tensor) -> None: ...
+
+
+class _Run:
+    """The state of one sampling run."""
+
+    def __init__(self, plan: SteeringPlan):
+        self.prepared = PreparedPlan(plan)
+        self.conds: dict[str, Any] = {}
+        self.uuid_names: dict[Any, str] = {}
+        self.index_names: tuple[str, ...] = INDEX_NAMES
+        self._sites: dict[int, dict[str, nn.Module]] = {}
+
+    def sites(self, diffusion_model: nn.Module) -> dict[str, nn.Module]:
+        """The model's sites, found once a run for each device's model."""
+        key = id(diffusion_model)
+        if key not in self._sites:
+            self._sites[key] = find_sites(diffusion_model)
+        return self._sites[key]
+
+
+def steered(model: ModelPatcher, steering: Steering) -> ModelPatcher:
+    """A clone of ``model`` with ``steering`` after those it already has. The model itself is left as it was."""
+    check_fits(model, steering)
+    options = model.model_options.get("transformer_options", {})
+    return _with(model, _PLAN, options.get(_PLAN, SteeringPlan()).then(steering))
+
+
+def observed(model: ModelPatcher, observer: Observer) -> ModelPatcher:
+    """A clone of ``model`` that shows every site's output (after its steering, if any) to ``observer``."""
+    find_sites(model.model.diffusion_model)
+    return _with(model, _OBSERVER, observer)
+
+
+def plan_of(model: ModelPatcher) -> SteeringPlan:
+    """The steering plan that a model carries; an empty one for a model that is not steered."""
+    return model.model_options.get("transformer_options", {}).get(_PLAN, SteeringPlan())
+
+
+def _with(model: ModelPatcher, key: str, value: object) -> ModelPatcher:
+    clone = model.clone()
+    clone.model_options.setdefault("transformer_options", {})[key] = value
+    wrappers = (
+        (WrappersMP.OUTER_SAMPLE, _outer_sample),
+        (WrappersMP.PREDICT_NOISE, _predict_noise),
+        (WrappersMP.CALC_COND_BATCH, _calc_cond_batch),
+        (WrappersMP.APPLY_MODEL, _apply_model),
+    )
+    for kind, wrapper in wrappers:
+        if not clone.get_wrappers(kind, KEY):
+            clone.add_wrapper_with_key(kind, KEY, wrapper)
+    return clone
+
+
+def check_fits(model: ModelPatcher, steering: Steering) -> None:
+    """Refuse a vector whose sites or widths are not the model's, naming the first that differs."""
+    sites = find_sites(model.model.diffusion_model)
+    vector = steering.vector
+    known = {*vector.site_names, *vector.provenance.get("dropped_sites", ())}
+    strange = [name for name in known if name not in sites] or [name for name in sites if name not in known]
+    if strange:
+        raise MedSteerError(
+            f"This vector was made for another model: it has {len(known)} sites and the model has {len(sites)}, "
+            f"{_span(sites)}; '{sorted(strange)[0]}' is in only one of them. Extract a vector from this model."
+        )
+    for name in steering.sites:
+        width = output_width(sites[name])
+        if width is not None and width != vector.channels(name):
+            raise MedSteerError(
+                f"This vector was made for another model: site '{name}' has {vector.channels(name)} channels in the "
+                f"vector and {width} in the model. Extract a vector from this model."
+            )
+
+
+def output_width(site: nn.Module) -> int | None:
+    """Channels that a site's module gives; None where its class does not say."""
+    return getattr(site, "out_features", None)
+
+
+def _span(sites: dict[str, nn.Module]) -> str:
+    names = list(sites)
+    return f"'{names[0]}' to '{names[-1]}'"
+
+
+def _outer_sample(executor: Callable, noise: Tensor, latent: Tensor, sampler: Any, sigmas: Tensor, *args, **kwargs):
+    """One run: check the plan against this schedule and guider, give the run its state, check what was done."""
+    guider = executor.class_obj
+    options = guider.model_options["transformer_options"]  # this run's own copy
+    plan = options.get(_PLAN, SteeringPlan())
+    _check_reachable(plan, sigmas, guider.conds)
+    options[_RUN] = run = _Run(plan)
+    try:
+        result = executor(noise, latent, sampler, sigmas, *args, **kwargs)
+    finally:
+        options.pop(_RUN, None)
+    _check_touched(run, result)
+    return result
+
+
+def _predict_noise(executor: Callable, x: Tensor, timestep: Tensor, model_options: dict, *args, **kwargs):
+    """Learn the names of this run's conditionings from its guider (uuids are new in every run)."""
+    run = (model_options or {}).get("transformer_options", {}).get(_RUN)
+    if run is not None and not run.uuid_names:
+        run.conds = executor.class_obj.conds
+        run.uuid_names = names_of_uuids(run.conds)
+    return executor(x, timestep, model_options, *args, **kwargs)
+
+
+def _calc_cond_batch(executor: Callable, model: Any, conds: list, x: Tensor, timestep: Tensor, model_options: dict):
+    """Learn which conditioning each index of the coming model calls means; guiders order them as they like."""
+    run = model_options.get("transformer_options", {}).get(_RUN)
+    if run is not None and run.conds:
+        run.index_names = names_of_indices(conds, run.conds)
+    return executor(model, conds, x, timestep, model_options)
+
+
+def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
+    """One model call: hooks on the sites that act now, removed whatever happens."""
+    options = transformer_options or {}
+    run = options.get(_RUN) or _Run(options.get(_PLAN, SteeringPlan()))
+    base_model = executor.class_obj
+    sigmas = options.get("sigmas")
+    sigma = float(t.max() if sigmas is None else sigmas.max())
+    observer = options.get(_OBSERVER) if sigma > 0 else None
+    active = run.prepared.prepare(sigma, base_model.get_dtype_inference(), x.device) if sigma > 0 else ()
+    if not active and observer is None:
+        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+    sites = run.sites(base_model.diffusion_model)
+    rows = row_finder(x.shape[0], options, run.uuid_names, run.index_names)
+
+    def visit(name: str, output: Tensor) -> Tensor:
+        if name in active:
+            output = run.prepared.apply(name, output, rows)
+        if observer is not None:
+            for start, stop in rows("positive"):
+                observer.observe(name, sigma, output[start:stop])
+        return output
+
+    hooked = {name: sites[name] for name in (active if observer is None else sites)}
+    with _uncompiled(options), _hooks(hooked, visit):
+        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+
+
+def _uncompiled(options: dict[str, Any]) -> AbstractContextManager:
+    """Run a torch.compile'd model eagerly for this call: compiled code does not see hooks that come and go."""
+    compiled = COMPILE_KEY in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+
+
+@contextmanager
+def _hooks(sites: dict[str, nn.Module], visit: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+    handles = []
+    try:
+        for name, module in sites.items():
+            handles.append(module.register_forward_hook(lambda _m, _args, out, name=name: visit(name, out)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _check_reachable(plan: SteeringPlan, sigmas: Tensor, conds: dict[str, Any]) -> None:
+    """Refuse, before a step is taken, a steering that no step or no conditioning can reach."""
+    levels = [float(sigma) for sigma in sigmas[:-1] if float(sigma) > 0]
+    for steering in plan.steerings:
+        if steering.operator.is_identity:
+            continue
+        if levels and not steering.window.any_of(levels):
+            raise MedSteerError(
+                f"No step of this schedule falls into the steering window (sigma {steering.window.start_sigma:.4g} to "
+                f"{steering.window.end_sigma:.4g}; the {len(levels)} steps run from {levels[0]:.4g} to "
+                f"{levels[-1]:.4g}). Widen start_percent and end_percent of Steer, or use more steps."
+            )
+        if steering.rows != ALL_ROWS and steering.rows not in conds:
+            raise MedSteerError(
+                f"Steer asks for rows '{steering.rows}', but this sampler's conditionings are "
+                f"{', '.join(sorted(conds))}. Write one of these names, or 'all'."
+            )
+
+
+def _check_touched(run: _Run, result: Tensor) -> None:
+    """Refuse silent success: a steering that changed nothing, or a result that is not finite."""
+    for steering in run.prepared.untouched():
+        raise MedSteerError(
+            f"Steering ({steering.operator.name}, rows '{steering.rows}') changed nothing in this run. Rows that are "
+            "never evaluated (the negative ones at cfg 1), a compiled model or a cache that skips every step cause "
+            "this. Use rows 'all', or remove the other patch."
+        )
+    if run.prepared.plan.sites and isinstance(result, Tensor) and not torch.isfinite(result).all():
+        raise MedSteerError("The steered run gave NaN or infinite latents. Lower the strength, or narrow the window.")

@@ -1,0 +1,113 @@
+"""Sampling runs as ComfyUI's own sampler nodes make them: same schedule, same noise, same progress and cancelling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management
+import comfy.model_sampling
+import comfy.sample
+import comfy.samplers
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ..errors import MedSteerError
+from ..schedule import SigmaWindow, check_percent
+
+SAMPLERS: list[str] = comfy.samplers.SAMPLER_NAMES
+SCHEDULERS: list[str] = comfy.samplers.SCHEDULER_NAMES
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """A sampler and its noise levels. ``sigmas (steps + 1,)`` end where sampling ends, mostly at 0."""
+
+    sampler: Any
+    sigmas: Tensor
+    sampler_name: str
+    scheduler: str
+
+    @property
+    def steps(self) -> int:
+        return len(self.sigmas) - 1
+
+
+def schedule(
+    model: ModelPatcher,
+    steps: int,
+    sampler_name: str,
+    scheduler: str,
+    sampler: Any = None,
+    sigmas: Tensor | None = None,
+) -> Schedule:
+    """What KSampler would use for these names; a ``sampler`` object and ``sigmas`` override one name each."""
+    if sigmas is None:
+        device = model.load_device
+        named = comfy.samplers.KSampler(model, steps=steps, device=device, sampler=sampler_name, scheduler=scheduler)
+        sigmas = named.sigmas
+    else:
+        scheduler = "sigmas input"
+    if sampler is None:
+        sampler = comfy.samplers.sampler_object(sampler_name)
+    else:
+        sampler_name = getattr(getattr(sampler, "sampler_function", sampler), "__name__", "sampler input")
+    if len(sigmas) < 2:
+        raise MedSteerError(
+            f"A schedule needs at least one step; sigmas has {len(sigmas)} value(s), at least 2 wanted."
+        )
+    return Schedule(sampler, sigmas.float().cpu(), sampler_name, scheduler)
+
+
+def window(model: ModelPatcher, start_percent: float, end_percent: float) -> SigmaWindow:
+    """The noise levels between two fractions of the model's schedule (0 = pure noise, 1 = the finished image)."""
+    check_percent(start_percent, end_percent)
+    sampling = model.get_model_object("model_sampling")
+    return SigmaWindow(sampling.percent_to_sigma(start_percent), sampling.percent_to_sigma(end_percent))
+
+
+def is_flow(model: ModelPatcher) -> bool:
+    """Whether the model's noise levels are flow times, which interpolate linearly."""
+    return isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.CONST)
+
+
+def empty_latent(model: ModelPatcher, latent: dict) -> Tensor:
+    """A zero latent ``(1, C, H, W)`` with the channels and the scale that the model wants for this LATENT's shape."""
+    samples = torch.zeros_like(latent["samples"][:1])
+    spatial, temporal = latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal")
+    return comfy.sample.fix_empty_latent_channels(model, samples, spatial, temporal)
+
+
+def noise_for(shape_like: Tensor, seed: int, indices: Sequence[int]) -> Tensor:
+    """The noise that ComfyUI gives the images ``indices`` of a batch with this seed: ``(len(indices), C, H, W)``."""
+    return comfy.sample.prepare_noise(shape_like, seed, list(indices))
+
+
+def sample(
+    model: ModelPatcher,
+    positive: list,
+    negative: list,
+    noise: Tensor,
+    plan: Schedule,
+    cfg: float,
+    seed: int,
+    callback: Callable[[int, Tensor, Tensor, int], None] | None = None,
+) -> Tensor:
+    """One run from ``noise (batch, C, H, W)`` on an empty latent; returns latents ``(batch, C, H, W)``."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+    return comfy.sample.sample_custom(
+        model, noise, cfg, plan.sampler, plan.sigmas, positive, negative, torch.zeros_like(noise), seed=seed,
+        callback=callback, disable_pbar=True,
+    )  # fmt: skip
+
+
+def batch_that_fits(model: ModelPatcher, latent: Tensor, wanted: int, most: int = 16) -> int:
+    """How many images of ``latent (1, C, H, W)`` go into one run with guidance, by ComfyUI's own memory estimate."""
+    not_loaded = max(0, model.model_size() - model.loaded_size())
+    free = comfy.model_management.get_free_memory(model.load_device) - not_loaded
+    size = max(1, min(wanted, most))
+    while size > 1 and model.model.memory_required([2 * size, *latent.shape[1:]]) * 1.5 > free:
+        size //= 2
+    return size

@@ -1,0 +1,35 @@
+"""The pack's nodes: schemas and tooltips, each with one call into the core."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from ..medsteer_core.host.vector_folder import register_folder
+from .counterfactual import CounterfactualCompare
+from .extract import ExtractPathologyVector
+from .load import LoadDiT, LoadEndoPhantom
+from .steer import Steer
+from .vectors import LoadPathologyVector, SavePathologyVector
+
+NODES: list[type[io.ComfyNode]] = [
+    LoadEndoPhantom,
+    LoadDiT,
+    ExtractPathologyVector,
+    SavePathologyVector,
+    LoadPathologyVector,
+    Steer,
+    CounterfactualCompare,
+]
+
+
+class MedSteerExtension(ComfyExtension):
+    """What ComfyUI asks for the pack's nodes."""
+
+    async def on_load(self) -> None:
+        register_folder()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES
+
+
+async def comfy_entrypoint() -> MedSteerExtension:
+    """ComfyUI's entry point."""
+    return MedSteerExtension()

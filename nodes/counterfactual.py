@@ -1,0 +1,42 @@
+"""The node that compares a factual and a counterfactual image."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from comfy_api.latest import io, ui
+
+from ..medsteer_core.evaluate import channels_first, compare_pairs
+from ..medsteer_core.report import difference_image
+from .types import CATEGORY
+
+
+class CounterfactualCompare(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MedSteer_CounterfactualCompare",
+            display_name="Counterfactual Compare",
+            category=f"{CATEGORY}/evaluate",
+            description="Draws the signed difference of a factual and a counterfactual image and measures it.",
+            search_aliases=["difference map", "ssim", "pair metrics", "medsteer"],
+            inputs=[
+                io.Image.Input("factual", tooltip="The unsteered image."),
+                io.Image.Input("counterfactual", tooltip="The steered image from the same seed; same size and batch."),
+            ],
+            outputs=[
+                io.Image.Output("difference", tooltip="Signed brightness difference and legend, of the first 8 pairs."),
+                io.String.Output(
+                    "metrics", tooltip="SSIM, PSNR in dB, changed share of pixels, for each pair, as JSON."
+                ),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, factual: torch.Tensor, counterfactual: torch.Tensor) -> io.NodeOutput:
+        first, second = (channels_first(image) for image in (factual, counterfactual))
+        metrics = json.dumps(compare_pairs(first, second), indent=1)
+        difference = difference_image(first, second).movedim(0, -1)[None]
+        return io.NodeOutput(difference, metrics, ui=ui.PreviewText(metrics))

@@ -1,0 +1,120 @@
+"""The node that turns a pair of prompts into a pathology vector."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io, ui
+
+from ..medsteer_core.host import extraction, sampling
+from ..medsteer_core.summary import describe
+from .prompts import prompt_text
+from .types import CATEGORY, Vector
+
+PROMPTS = ("present", "absent", "negative")
+
+
+class ExtractPathologyVector(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MedSteer_ExtractPathologyVector",
+            display_name="Extract Pathology Vector",
+            category=f"{CATEGORY}/vectors",
+            description=(
+                "Samples both prompts and finds, for every step and cross-attention block, the direction in which a "
+                "finding moves the activations."
+            ),
+            search_aliases=["steering vector", "concept direction", "activation steering", "medsteer"],
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="The model to be steered later; vectors fit only the model they come from."
+                ),
+                io.Conditioning.Input("present", tooltip="Prompt with the finding, such as 'polyps'."),
+                io.Conditioning.Input("absent", tooltip="Prompt without it, such as 'normal cecum'."),
+                io.Conditioning.Input(
+                    "negative", tooltip="The negative prompt of classifier-free guidance, mostly empty."
+                ),
+                io.Latent.Input("latent_image", tooltip="Only its width and height count. Batch size 1."),
+                io.Int.Input(
+                    "samples",
+                    default=16,
+                    min=1,
+                    max=4096,
+                    tooltip="Images sampled of each prompt. More is steadier and slower.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=io.ControlAfterGenerate.fixed,
+                    tooltip="Seed of the samples' noise. Use another seed for the images that you steer.",
+                ),
+                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Denoising steps of every sample."),
+                io.Float.Input(
+                    "cfg",
+                    default=4.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="Classifier-free guidance scale.",
+                ),
+                io.Combo.Input(
+                    "sampler_name", options=sampling.SAMPLERS, default="euler", tooltip="The sampler to record with."
+                ),
+                io.Combo.Input(
+                    "scheduler",
+                    options=sampling.SCHEDULERS,
+                    default="normal",
+                    tooltip="The noise schedule to record with.",
+                ),
+                io.Combo.Input(
+                    "noise",
+                    options=[extraction.PAIRED, extraction.UNPAIRED],
+                    default=extraction.PAIRED,
+                    tooltip="paired: both prompts start from the same noise. unpaired: from other noise (the paper).",
+                ),
+                io.Sampler.Input("sampler", optional=True, tooltip="Overrides sampler_name."),
+                io.Sigmas.Input("sigmas", optional=True, tooltip="Overrides scheduler and steps."),
+            ],
+            outputs=[
+                Vector.Output("vector", tooltip="The pathology vector, for Steer and Save Pathology Vector."),
+                io.String.Output("summary", tooltip="What was recorded: prompts, samples, sites, steps, class gaps."),
+            ],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
+            has_intermediate_output=True,
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        present,
+        absent,
+        negative,
+        latent_image,
+        samples,
+        seed,
+        steps,
+        cfg,
+        sampler_name,
+        scheduler,
+        noise,
+        sampler=None,
+        sigmas=None,
+    ) -> io.NodeOutput:
+        request = extraction.Request(
+            present=present,
+            absent=absent,
+            negative=negative,
+            latent=latent_image,
+            samples=samples,
+            seed=seed,
+            cfg=cfg,
+            noise=noise,
+            schedule=sampling.schedule(model, steps, sampler_name, scheduler, sampler, sigmas),
+            texts={name: prompt_text(cls.hidden.prompt, cls.hidden.unique_id, name) for name in PROMPTS},
+        )
+        vector = extraction.extract(model, request)
+        summary = describe(vector)
+        return io.NodeOutput(vector, summary, ui=ui.PreviewText(summary))

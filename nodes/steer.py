@@ -1,0 +1,111 @@
+"""The node that steers a model along a pathology vector."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from ..medsteer_core.host.steer import steer
+from .types import CATEGORY, Vector
+
+KEEP_NORM = "Rescale every steered token to its former length."
+
+
+def _strength(default: float, tooltip: str) -> io.Float.Input:
+    return io.Float.Input("strength", default=default, min=-100.0, max=100.0, step=0.05, round=0.001, tooltip=tooltip)
+
+
+def _keep_norm(default: bool) -> io.Boolean.Input:
+    return io.Boolean.Input("keep_norm", default=default, tooltip=KEEP_NORM)
+
+
+class Steer(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MedSteer_Steer",
+            display_name="Steer",
+            category=CATEGORY,
+            description="Moves a model's cross-attention along a pathology vector while it samples.",
+            search_aliases=["medsteer", "counterfactual", "activation steering", "remove finding", "suppress concept"],
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="The model that the vector was extracted from. It is not changed; a clone is."
+                ),
+                Vector.Input("vector", tooltip="From Extract or Load Pathology Vector."),
+                io.DynamicCombo.Input(
+                    "operator",
+                    options=[
+                        io.DynamicCombo.Option(
+                            "suppress",
+                            [
+                                _strength(
+                                    2.0, "0 changes nothing, 1 removes the finding's part, 2 reflects it (the paper)."
+                                ),
+                                _keep_norm(True),
+                            ],
+                        ),
+                        io.DynamicCombo.Option("ablate", [_keep_norm(False)]),
+                        io.DynamicCombo.Option(
+                            "add",
+                            [
+                                _strength(1.0, "In class gaps: 1 moves by the distance between the classes' means."),
+                                io.Combo.Input(
+                                    "toward",
+                                    options=["present", "absent"],
+                                    default="present",
+                                    tooltip="present adds the finding, absent takes it away.",
+                                ),
+                                _keep_norm(False),
+                            ],
+                        ),
+                    ],
+                    tooltip="suppress: take the finding away. ablate: project it out. add: push toward a class.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Where in the denoising steering begins (0 = pure noise).",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Where in the denoising steering ends (1 = finished image).",
+                ),
+                io.String.Input(
+                    "sites",
+                    default="all",
+                    tooltip="Cross-attention blocks in order: all, numbers such as 0-3,8, or a name pattern with *.",
+                ),
+                io.String.Input(
+                    "rows",
+                    default="all",
+                    tooltip="Which conditionings are steered: all, positive, negative, or another name of the guider.",
+                ),
+            ],
+            outputs=[io.Model.Output("model", tooltip="The steered model, for KSampler. Steer nodes can be chained.")],
+            has_intermediate_output=True,
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        vector,
+        start_percent: float,
+        end_percent: float,
+        sites: str,
+        rows: str,
+        operator: dict[str, Any] | None = None,
+    ) -> io.NodeOutput:
+        parameters = dict(operator or {})  # ComfyUI passes nothing for an operator that it does not know
+        name = parameters.pop("operator", None)
+        steered, note = steer(model, vector, name, parameters, start_percent, end_percent, sites, rows)
+        return io.NodeOutput(steered, ui=ui.PreviewText(note))

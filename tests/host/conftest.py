@@ -1,0 +1,31 @@
+"""Host tests run against a real ComfyUI: one server for all of them, this checkout its only custom node.
+
+On the CPU everywhere, so that the numbers are the same on every machine.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+
+from medsteer_core.client import ComfyClient
+from medsteer_core.server import ComfyServer, comfyui_from_environment, signals_as_interrupt
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _clean_end() -> Iterator[None]:
+    """SIGTERM ends the tests as Ctrl-C does: fixtures are torn down, so no server outlives them."""
+    with signals_as_interrupt():
+        yield
+
+
+@pytest.fixture(scope="session")
+def comfy_server(checkout) -> Iterator[ComfyServer]:
+    """The running server."""
+    with ComfyServer(comfyui_from_environment(), checkout, cpu=True) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def comfy(comfy_server) -> ComfyClient:
+    """A client of the running server: `comfy.run(workflow)` gives a Result, `comfy.object_info()` the nodes."""
+    return ComfyClient(comfy_server.address)

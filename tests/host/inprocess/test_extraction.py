@@ -1,0 +1,262 @@
+"""Extraction inside ComfyUI: the recorded directions, their provenance, progress and cancelling."""
+
+import comfy.model_management
+import comfy.samplers
+import comfy.utils
+import pytest
+import tiny
+import torch
+from medsteer_pack.medsteer_core.capture import ActivationSums
+from medsteer_pack.medsteer_core.errors import MedSteerError
+from medsteer_pack.medsteer_core.host import extraction, sampling
+from medsteer_pack.medsteer_core.host.fingerprint import fingerprint
+from medsteer_pack.nodes.prompts import prompt_text
+
+PRESENT, ABSENT, NEGATIVE = tiny.cond(1), tiny.cond(2), tiny.cond(3, tokens=2)
+SITES = [f"blocks.{index}.cross_attn.proj" for index in range(tiny.DEPTH)]
+
+
+def request(model, **changes):
+    return tiny.request(model, PRESENT, ABSENT, NEGATIVE, **changes)
+
+
+def extract(model, **changes):
+    return extraction.extract(model, request(model, **changes))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_behind(pixart):
+    yield
+    assert tiny.hook_count(pixart) == 0
+
+
+# What is recorded
+
+
+def naive_means(model, positive, negative, wanted, indices):
+    """(site, sigma) -> mean over images and tokens (C,), image by image, of the conditional rows alone."""
+    empty, activations = wanted.latent["samples"], {}
+    for index in indices:
+        noise = sampling.noise_for(empty, wanted.seed, [index])
+        with tiny.spying(model, positive=positive, negative=negative) as rows:
+            sampling.sample(model, positive, negative, noise, wanted.schedule, wanted.cfg, wanted.seed)
+        for row in rows:
+            if row.name == "positive":
+                activations.setdefault((row.site, row.sigma), []).append(row.raw)
+    return {key: torch.stack(found).mean((0, 1)) for key, found in activations.items()}
+
+
+@pytest.mark.parametrize(("noise", "absent_indices"), [("paired", [0, 1, 2]), ("unpaired", [3, 4, 5])])
+@pytest.mark.parametrize("negative", [NEGATIVE, tiny.cond(3)], ids=["separate calls", "one call"])
+def test_the_directions_are_those_of_a_plain_computation(pixart, noise, absent_indices, negative):
+    wanted = tiny.request(pixart, PRESENT, ABSENT, negative, noise=noise)
+    vector = extraction.extract(pixart, wanted)
+    present = naive_means(pixart, PRESENT, negative, wanted, [0, 1, 2])
+    absent = naive_means(pixart, ABSENT, negative, wanted, absent_indices)
+    for step, sigma in enumerate(vector.sigmas.tolist()):
+        for site in SITES:
+            difference = present[site, sigma] - absent[site, sigma]
+            values = vector.sites[site]
+            torch.testing.assert_close(values.gaps[step, 0], difference.norm(), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(values.directions[step, 0], difference / difference.norm(), rtol=0, atol=1e-4)
+            centre = (present[site, sigma] + absent[site, sigma]) / 2
+            torch.testing.assert_close(values.centres[step], centre, rtol=0, atol=1e-5)
+
+
+def test_the_vector_has_every_site_in_order_and_every_step_without_the_final_zero(pixart):
+    vector = extract(pixart, steps=20, samples=1)
+    schedule = sampling.schedule(pixart, 20, "euler", "normal").sigmas
+    assert list(vector.site_names) == SITES
+    assert vector.steps == 20
+    assert vector.sigmas.tolist() == schedule[:-1].tolist() and schedule[-1] == 0
+
+
+@pytest.mark.parametrize(("sampler", "levels"), [("heun", 4), ("dpmpp_2m", 4), ("dpm_2", 7)])
+def test_samplers_that_call_the_model_twice_a_step_record_each_level_once(pixart, sampler, levels):
+    assert extract(pixart, sampler=sampler, samples=1).steps == levels
+
+
+def test_paired_and_unpaired_noise_differ(pixart):
+    paired, unpaired = (extract(pixart, noise=noise).sites[SITES[0]].directions for noise in ("paired", "unpaired"))
+    assert not torch.allclose(paired, unpaired, atol=1e-3)
+
+
+def test_the_same_request_gives_the_same_content_hash(pixart):
+    assert extract(pixart).content_hash() == extract(pixart).content_hash()
+    assert extract(pixart).content_hash() != extract(pixart, seed=6).content_hash()
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+def test_the_size_of_the_batches_does_not_matter(pixart, monkeypatch, sampler):
+    vectors = []
+    for size in (1, 3, 4):
+        monkeypatch.setattr(sampling, "batch_that_fits", lambda *_args, size=size: size)
+        vectors.append(extract(pixart, samples=4, sampler=sampler))
+    for other in vectors[1:]:
+        for name, site in vectors[0].sites.items():
+            cosine = (site.directions * other.sites[name].directions).sum(-1)
+            assert cosine.min() > 0.9999
+            torch.testing.assert_close(other.sites[name].directions, site.directions, rtol=0, atol=1e-4)
+            torch.testing.assert_close(other.sites[name].spreads, site.spreads, rtol=1e-3, atol=1e-4)
+
+
+def test_batches_shrink_until_they_fit_into_memory(pixart, monkeypatch):
+    empty = tiny.latent()["samples"]
+    need = {size: pixart.model.memory_required([2 * size, *empty.shape[1:]]) * 1.5 for size in (16, 8)}
+    assert sampling.batch_that_fits(pixart, empty, 100) == 16
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_: (need[16] + need[8]) / 2)
+    assert sampling.batch_that_fits(pixart, empty, 100) == 8
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_: 0)
+    assert sampling.batch_that_fits(pixart, empty, 100) == 1
+
+
+def test_memory_does_not_grow_with_the_samples(pixart, monkeypatch):
+    made = []
+
+    def remembered():
+        made.append(ActivationSums())
+        return made[-1]
+
+    monkeypatch.setattr(extraction, "ActivationSums", remembered)
+    monkeypatch.setattr(sampling, "batch_that_fits", lambda *_: 2)
+    extract(pixart, samples=2)
+    extract(pixart, samples=6)
+    assert {sums.stored_elements for sums in made} == {4 * len(SITES) * (tiny.WIDTH + 1)}
+
+
+def test_extraction_leaves_the_model_as_it_was(pixart):
+    before = tiny.run(pixart, PRESENT, NEGATIVE)
+    extract(pixart)
+    assert torch.equal(tiny.run(pixart, PRESENT, NEGATIVE), before)
+    assert "medsteer_observer" not in pixart.model_options["transformer_options"]
+
+
+# Provenance
+
+
+def test_provenance_says_how_the_vector_was_made(pixart):
+    texts = {"present": "polyps", "absent": "normal cecum", "negative": None}
+    facts = extract(pixart, noise="unpaired", latent=tiny.latent(8, 16), texts=texts).provenance
+    expected = {
+        "model": fingerprint(pixart), "seed": 5, "samples": 3, "noise": "unpaired", "latent_shape": [1, 4, 8, 16],
+        "noise_indices": {"present": [0, 3], "absent": [3, 6]}, "sampler": "euler", "scheduler": "normal", "steps": 4,
+        "cfg": 3.0, "steered": [], "observations": {"present": 3, "absent": 3}, "degenerate": 0,
+    }  # fmt: skip
+    assert {name: facts[name] for name in expected} == expected
+    assert {name: facts["prompts"][name]["text"] for name in texts} == texts
+    assert [facts["prompts"][name]["shapes"] for name in texts] == [[[1, 4, 16]], [[1, 4, 16]], [[1, 2, 16]]]
+    assert len({facts["prompts"][name]["sha256"] for name in texts}) == 3
+
+
+def test_sampler_and_sigmas_inputs_override_the_names(pixart):
+    sigmas = torch.tensor([9.0, 3.0, 1.0, 0.0])
+    heun = comfy.samplers.sampler_object("heun")
+    schedule = sampling.schedule(pixart, 20, "euler", "normal", sampler=heun, sigmas=sigmas)
+    vector = extract(pixart, schedule=schedule)
+    facts = vector.provenance
+    assert vector.sigmas.tolist() == [9.0, 3.0, 1.0]
+    assert (facts["sampler"], facts["scheduler"], facts["steps"]) == ("sample_heun", "sigmas input", 3)
+
+
+def test_a_steered_models_vector_says_how_it_was_steered(pixart):
+    steered = tiny.steered(pixart, tiny.vector(pixart), operator="suppress", strength=1.5)
+    (operator,) = extract(steered).provenance["steered"]
+    assert (operator["name"], operator["strength"]) == ("suppress", 1.5)
+
+
+def test_a_prompts_text_is_read_from_the_graph():
+    graph = {
+        "1": {"class_type": "CLIPTextEncode", "inputs": {"text": "polyps", "clip": ["9", 1]}},
+        "2": {"inputs": {"present": ["1", 0], "absent": ["3", 0], "negative": "none"}},
+        "3": {"inputs": {"text": ["4", 0]}},
+    }
+    assert [prompt_text(graph, "2", name) for name in ("present", "absent", "negative", "more")] == [
+        "polyps", None, None, None,
+    ]  # fmt: skip
+    assert prompt_text(None, None, "present") is None
+
+
+# Requests that can't be
+
+
+@pytest.mark.parametrize("noise", ["paired", "unpaired"])
+def test_identical_prompts_are_refused(pixart, noise):
+    same = tiny.request(pixart, PRESENT, tiny.cond(1), NEGATIVE, noise=noise)
+    with tiny.spying(pixart, positive=PRESENT, negative=NEGATIVE) as rows:
+        with pytest.raises(MedSteerError, match="'present' and 'absent' are the same.*two different prompts"):
+            extraction.extract(pixart, same)
+    assert rows == []
+
+
+def test_prompts_of_one_text_and_different_areas_are_not_identical(pixart):
+    absent = [[PRESENT[0][0], {"area": (4, 8, 0, 0), "strength": 0.5}]]
+    vector = extraction.extract(pixart, tiny.request(pixart, PRESENT, absent, NEGATIVE, samples=1))
+    assert vector.steps == 4
+
+
+def test_a_batch_of_latents_is_refused(pixart):
+    with pytest.raises(MedSteerError, match="latent_image has a batch of 2; a batch of 1 was expected"):
+        extract(pixart, latent=tiny.latent(batch=2))
+
+
+def test_an_unknown_noise_is_refused(pixart):
+    with pytest.raises(MedSteerError, match="noise is 'white'; 'paired' or 'unpaired'"):
+        extract(pixart, noise="white")
+
+
+@pytest.mark.parametrize("sigmas", [torch.tensor([]), torch.tensor([1.0])])
+def test_sigmas_without_a_step_are_refused(pixart, sigmas):
+    with pytest.raises(MedSteerError, match=f"sigmas has {len(sigmas)} value"):
+        sampling.schedule(pixart, 4, "euler", "normal", sigmas=sigmas)
+
+
+# Progress and cancelling
+
+
+@pytest.fixture
+def progress_hook():
+    """Set the hook that ComfyUI's server shows progress with; put back afterwards."""
+    before = comfy.utils.PROGRESS_BAR_HOOK
+    yield comfy.utils.set_progress_bar_global_hook
+    comfy.utils.set_progress_bar_global_hook(before)
+    comfy.model_management.interrupt_current_processing(False)
+
+
+def test_one_progress_bar_counts_samples_times_steps_of_both_prompts(pixart, monkeypatch, progress_hook):
+    made, seen, kind = [], [], comfy.utils.ProgressBar
+    monkeypatch.setattr(comfy.utils, "ProgressBar", lambda total, *a, **k: made.append(kind(total, *a, **k)) or made[0])
+    monkeypatch.setattr(sampling, "batch_that_fits", lambda *_: 2)
+    progress_hook(lambda value, total, *_args, **_kwargs: seen.append((value, total)))
+    extract(pixart, samples=3, steps=4)
+    assert [(bar.current, bar.total) for bar in made] == [(24, 24)]
+    assert seen == sorted(seen) and seen[-1] == (24, 24)
+
+
+def test_cancelling_in_the_middle_stops_at_once_and_leaves_no_hooks(pixart, monkeypatch, progress_hook):
+    seen = []
+
+    def like_the_server(value, *_args, **_kwargs):
+        seen.append(value)
+        if value >= 12:
+            comfy.model_management.interrupt_current_processing()
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    # Without a preview ComfyUI passes on only some updates.
+    monkeypatch.setattr(comfy.utils.ProgressBar, "update_absolute", lambda bar, value, **_: advance(bar, value))
+
+    def advance(bar, value):
+        bar.current = value
+        like_the_server(value)
+
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        extract(pixart, samples=3, steps=4)
+    assert seen == [3, 6, 9, 12]
+    assert tiny.hook_count(pixart) == 0
+
+
+def test_cancelling_before_a_run_stops_it(pixart, progress_hook):
+    comfy.model_management.interrupt_current_processing()
+    with tiny.spying(pixart, positive=PRESENT, negative=NEGATIVE) as rows:
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            extract(pixart)
+    assert rows == []

@@ -1,0 +1,77 @@
+"""What a review found once and must not come back."""
+
+import builtins
+
+import pytest
+import tiny
+import torch
+from medsteer_pack.medsteer_core import errors, evaluate
+from medsteer_pack.medsteer_core.host import checkpoints, fingerprint, vector_folder
+from medsteer_pack.medsteer_core.host.pixart import AnySizePixArtMS
+from medsteer_pack.nodes.steer import Steer
+from medsteer_pack.nodes.vectors import LoadPathologyVector
+
+
+class _Config:
+    def __init__(self, tokens):
+        self.unet_config = {"image_model": "pixart_sigma", "model_max_length": tokens}
+
+
+class _Model:
+    def __init__(self, tokens):
+        self.model = self
+        self.model_config = _Config(tokens)
+        self.latent_format = "as detected"
+
+
+@pytest.mark.parametrize(("tokens", "scale"), [(120, 0.18215), (300, None)])
+def test_pixart_alpha_without_size_conditioning_gets_the_latent_scale_of_its_vae(tokens, scale):
+    model = _Model(tokens)
+    checkpoints._use_alpha_latents(model)
+    assert getattr(model.latent_format, "scale_factor", None) == scale
+
+
+def test_the_fingerprint_ignores_buffers_that_are_random_in_every_load(pixart):
+    before = fingerprint.fingerprint(pixart)
+    buffer = pixart.model.diffusion_model.y_embedder.y_embedding
+    with torch.no_grad():
+        buffer.add_(1.0)
+        after = fingerprint.fingerprint(pixart)
+        buffer.sub_(1.0)
+    assert after == before
+
+
+@pytest.mark.parametrize("sides", [(17, 17), (5, 40), (1, 1)])
+def test_sides_that_are_no_multiple_of_the_patch_size_run(pixart, sides):
+    network = pixart.model.diffusion_model
+    assert isinstance(network, AnySizePixArtMS)
+    x = torch.randn(1, network.in_channels, *sides)
+    context = torch.randn(1, 3, network.y_embedder.y_proj.fc1.in_features)
+    assert network(x, torch.tensor([500.0]), context).shape == x.shape
+
+
+def test_an_operator_that_does_not_exist_is_named_in_the_error(pixart):
+    with pytest.raises(errors.MedSteerError, match="no operator"):
+        Steer.execute(pixart, tiny.vector(pixart), 0.0, 1.0, "all", "all", operator={"operator": "erase"})
+    with pytest.raises(errors.MedSteerError, match="no operator"):
+        Steer.execute(pixart, tiny.vector(pixart), 0.0, 1.0, "all", "all")
+
+
+def test_a_vector_name_that_comes_over_a_link_is_not_refused_before_it_is_known():
+    assert LoadPathologyVector.validate_inputs(vector_name=None) is True
+    assert LoadPathologyVector.fingerprint_inputs(vector_name=None) == ""
+    assert "There is no vector" in LoadPathologyVector.validate_inputs(vector_name="nowhere.safetensors")
+    assert "There is no vector" in vector_folder.problem("../../secret.safetensors")
+
+
+def test_a_missing_package_for_scores_is_a_clear_error(monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.startswith("torchmetrics"):
+            raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(errors.MedSteerError, match="pip install torchmetrics"):
+        evaluate.compare(torch.rand(3, 32, 32), torch.rand(3, 32, 32))

@@ -1,0 +1,197 @@
+"""The pack's own graphs through the API of the real server: what a headless user does, with the shipped model."""
+
+import copy
+import json
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from medsteer_core.demo import WORKFLOW
+from medsteer_core.evaluate import score_pair
+from medsteer_core.workflow import WorkflowFailed, WorkflowInterrupted, WorkflowRefused
+
+EXAMPLE = json.loads(WORKFLOW.read_text())
+SCHEMA = {
+    "MedSteer_LoadEndoPhantom": ([], ["MODEL", "CLIP", "VAE"]),
+    "MedSteer_LoadDiT": (["model_name", "weight_dtype"], ["MODEL"]),
+    "MedSteer_ExtractPathologyVector": (
+        ["model", "present", "absent", "negative", "latent_image", "samples", "seed", "steps", "cfg", "sampler_name",
+         "scheduler", "noise", "sampler", "sigmas"],
+        ["MEDSTEER_VECTOR", "STRING"],
+    ),
+    "MedSteer_SavePathologyVector": (["vector", "filename_prefix"], ["STRING"]),
+    "MedSteer_LoadPathologyVector": (["vector_name"], ["MEDSTEER_VECTOR"]),
+    "MedSteer_Steer": (
+        ["model", "vector", "operator", "start_percent", "end_percent", "sites", "rows"], ["MODEL"],
+    ),
+    "MedSteer_CounterfactualCompare": (["factual", "counterfactual"], ["IMAGE", "STRING"]),
+}  # fmt: skip
+
+
+def node(class_type: str, title: str = "", **inputs) -> dict:
+    return {"class_type": class_type, "inputs": inputs, "_meta": {"title": title or class_type}}
+
+
+def graph(seed: int = 7, batch: int = 1) -> dict:
+    """The example's nodes up to Steer with a small extraction, and a latent of ``batch`` images for the samplers."""
+    nodes = {i: copy.deepcopy(EXAMPLE[i]) for i in "1234567"}
+    nodes["6"]["inputs"].update(samples=2, steps=6)
+    nodes["50"] = node("EmptyLatentImage", width=128, height=128, batch_size=batch)
+    nodes["seed"] = seed
+    return nodes
+
+
+def with_images(nodes: dict, **models: list) -> dict:
+    """Add a KSampler, a VAEDecode and a PreviewImage titled by name for every model link."""
+    seed = nodes.pop("seed")
+    for number, (name, model) in enumerate(models.items()):
+        sample, decode, show = (str(100 + 10 * number + i) for i in range(3))
+        settings = {"steps": 6, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
+        links = {"model": model, "positive": ["2", 0], "negative": ["4", 0], "latent_image": ["50", 0]}
+        nodes[sample] = node("KSampler", f"sample {name}", seed=seed, **links, **settings)
+        nodes[decode] = node("VAEDecode", samples=[sample, 0], vae=["1", 2])
+        nodes[show] = node("PreviewImage", name, images=[decode, 0])
+    return nodes
+
+
+def steer(nodes: dict, node_id: str, **changes) -> list:
+    """Another Steer node like the example's with other inputs; returns its link."""
+    nodes[node_id] = copy.deepcopy(nodes["7"])
+    nodes[node_id]["inputs"].update(changes)
+    return [node_id, 0]
+
+
+PLAIN, STEERED = ["1", 0], ["7", 0]
+
+
+def test_every_node_stands_in_object_info_with_the_inputs_and_outputs_that_were_promised(comfy):
+    info = comfy.object_info()
+    for name, (inputs, outputs) in SCHEMA.items():
+        found = info[name]["input"]
+        assert [*found.get("required", {}), *found.get("optional", {})] == inputs, name
+        assert info[name]["output"] == outputs, name
+        assert info[name]["description"] and info[name]["category"].startswith("MedSteer")
+
+
+def test_the_example_workflow_removes_the_polyp_and_keeps_the_anatomy(comfy):
+    result = comfy.run(EXAMPLE)
+    first, second = (
+        torch.from_numpy(result.pixels(title)[0]).permute(2, 0, 1).float() / 255
+        for title in ("Factual", "Counterfactual")
+    )
+    score = score_pair(first, second, "polyps", "normal cecum")
+    assert score.accepted and score.flipped
+    assert score.finding_before > 0.01 and score.finding_left == 0
+    assert score.ssim_outside > 0.9
+    metrics = json.loads(result.text("Counterfactual Compare"))
+    assert metrics["ssim"] == pytest.approx(score.ssim, abs=2e-3)
+
+
+def test_strength_zero_is_bit_identical_to_no_node(comfy):
+    nodes = graph()
+    off = steer(nodes, "8", **{"operator.strength": 0.0})
+    result = comfy.run(with_images(nodes, plain=PLAIN, off=off, steered=STEERED))
+    assert (result.pixels("plain") == result.pixels("off")).all()
+    assert (result.pixels("plain") != result.pixels("steered")).any()
+
+
+def test_unsteered_steered_unsteered_in_one_queue_gives_the_first_image_again(comfy):
+    images = []
+    for number, model in enumerate((PLAIN, STEERED, PLAIN)):
+        nodes = graph()
+        nodes["2"]["inputs"]["text"] += "!" * number  # means the same, but ComfyUI's cache can't answer for it
+        images.append(comfy.run(with_images(nodes, image=model)).pixels("image"))
+    assert (images[0] == images[2]).all()
+    assert (images[0] != images[1]).any()
+
+
+def test_two_steered_clones_in_one_graph_do_not_disturb_each_other(comfy):
+    nodes = graph()
+    weak = steer(nodes, "8", **{"operator.strength": 0.7})
+    together = comfy.run(with_images(nodes, strong=STEERED, weak=weak, plain=PLAIN))
+    for name, changes in (("strong", {}), ("weak", {"operator.strength": 0.7})):
+        nodes = graph()
+        nodes["2"]["inputs"]["text"] += "."  # samples anew
+        alone = comfy.run(with_images(nodes, image=steer(nodes, "9", **changes)))
+        assert (alone.pixels("image") == together.pixels(name)).all(), name
+    assert (together.pixels("strong") != together.pixels("weak")).any()
+
+
+def test_a_batch_of_three_equals_three_singles(comfy):
+    nodes = graph(batch=3)
+    nodes["51"] = node("LatentFromBatch", samples=["50", 0], batch_index=0, length=3)
+    together = with_images(nodes, image=STEERED)
+    together["100"]["inputs"]["latent_image"] = ["51", 0]
+    batch = comfy.run(together).pixels("image").astype(int)
+    for index in range(3):
+        nodes = graph(batch=3)
+        nodes["51"] = node("LatentFromBatch", samples=["50", 0], batch_index=index, length=1)
+        alone = with_images(nodes, image=STEERED)
+        alone["100"]["inputs"]["latent_image"] = ["51", 0]
+        single = comfy.run(alone).pixels("image")[0].astype(int)
+        assert np.abs(single - batch[index]).max() <= 1, index  # decoded to 8 bits: rounding may differ by one level
+    assert np.abs(batch[0] - batch[1]).max() > 20
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m"])
+def test_a_vector_of_euler_steers_other_samplers_and_step_counts(comfy, sampler):
+    nodes = with_images(graph(), plain=PLAIN, steered=STEERED)
+    for sample in ("100", "110"):
+        nodes[sample]["inputs"].update(sampler_name=sampler, steps=9)
+    result = comfy.run(nodes)
+    assert np.abs(result.pixels("plain").astype(int) - result.pixels("steered")).max() > 20
+
+
+def test_a_saved_vector_steers_exactly_as_the_one_it_was_saved_from(comfy):
+    nodes = graph()
+    nodes["60"] = node("MedSteer_SavePathologyVector", "save", vector=["6", 0], filename_prefix="tests/polyps")
+    first = comfy.run(with_images(nodes, image=STEERED))
+    name = first.text("save").removeprefix("Saved as models/medsteer/")
+    assert name.startswith("tests") and name.endswith(".safetensors")
+    nodes = graph()
+    nodes["2"]["inputs"]["text"] += "?"
+    nodes["6"] = node("MedSteer_LoadPathologyVector", "load", vector_name=name)
+    second = comfy.run(with_images(nodes, image=STEERED))
+    assert (first.pixels("image") == second.pixels("image")).all()
+    assert "An endoscopic image of polyps - An endoscopic image of normal cecum" in second.text("load")
+
+
+def test_a_vector_that_is_not_there_is_refused_before_anything_runs(comfy):
+    nodes = graph()
+    nodes["6"] = node("MedSteer_LoadPathologyVector", "load", vector_name="nothing.safetensors")
+    with pytest.raises(WorkflowRefused, match="There is no vector 'nothing.safetensors'"):
+        comfy.run(with_images(nodes, image=STEERED))
+
+
+def test_a_window_without_a_step_is_an_error_at_the_sampler_and_leaves_nothing_behind(comfy):
+    nodes = graph(seed=8)
+    narrow = steer(nodes, "8", start_percent=0.501, end_percent=0.502)
+    with pytest.raises(WorkflowFailed, match="No step of this schedule falls into the steering window"):
+        comfy.run(with_images(nodes, image=narrow))
+    before = comfy.run(with_images(graph(), image=PLAIN)).pixels("image")
+    nodes = graph()
+    nodes["2"]["inputs"]["text"] += " ,"
+    assert (comfy.run(with_images(nodes, image=PLAIN)).pixels("image") == before).all()
+
+
+def test_an_interrupted_steered_run_leaves_the_model_unsteered(comfy):
+    before = comfy.run(with_images(graph(), image=PLAIN)).pixels("image")
+    nodes = with_images(graph(seed=9), image=STEERED)
+    nodes["100"]["inputs"]["steps"] = 2000
+    sampling = threading.Event()
+    stop = threading.Thread(target=lambda: (sampling.wait(120), time.sleep(0.5), comfy.interrupt()))
+    stop.start()
+
+    def heard(progress):
+        if progress.title == "sample image":
+            sampling.set()
+
+    with pytest.raises(WorkflowInterrupted):
+        comfy.run(nodes, heard)
+    stop.join()
+    nodes = graph()
+    nodes["2"]["inputs"]["text"] += " ;"
+    assert (comfy.run(with_images(nodes, image=PLAIN)).pixels("image") == before).all()
