@@ -1,6 +1,7 @@
 """What a phantom scene is made of: the factors of one view through a scope, and their sampling.
 
-A scene's anatomy is drawn independently of its finding, so that two renders of one anatomy differ in the finding alone.
+A scene's anatomy is a value apart from its finding, so that two renders of one anatomy differ in the finding alone. It
+is drawn independently of the class, or leaning with it (`confounding.py`).
 Positions are in half-image units: x to the right and y down, both in [-1, 1] over the image's shorter side.
 """
 
@@ -11,6 +12,8 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+
+from .confounding import lean
 
 _MASK32 = 0xFFFFFFFF
 
@@ -93,17 +96,22 @@ class Anatomy:
         return Anatomy(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
 
     @staticmethod
-    def sample(n: int, seed: int) -> Anatomy:
-        """n scenes from ``seed``; scene i is the same whatever n is. ValueError for n < 1."""
-        if n < 1:
-            raise ValueError(f"Anatomy.sample: n was {n}, expected 1 or more scenes.")
-        base = torch.full((1,), int(seed) & _MASK32, dtype=torch.int64)
-        # 48 bits for each scene, so that two of many thousand scenes do not share a seed
-        high, low = ((uniform(base, stream, n)[0] * (1 << 24)).to(torch.int64) for stream in (1, 2))
-        item = (high << 24) | low
+    def sample(n: int, seed: int, labels: Tensor | None = None, confounding: float = 0.0) -> Anatomy:
+        """n scenes from ``seed``; scene i is the same whatever n is.
+
+        With class ids ``labels (n,)`` and ``confounding`` above 0 the anatomy leans with the class. ValueError for
+        n < 1 or labels that do not fit.
+        """
+        item = scene_seeds(n, seed)
+        draws = uniform_draws(item)
+        if confounding:
+            if labels is None or labels.shape != (n,):
+                shape = None if labels is None else tuple(labels.shape)
+                raise ValueError(f"Anatomy.sample: confounding needs labels of shape ({n},), got {shape}.")
+            draws = lean(draws, labels, confounding)
         values: dict[str, Tensor] = {}
-        for number, (name, (count, low_end, high_end)) in enumerate(_RANGES.items()):
-            drawn = low_end + (high_end - low_end) * uniform(item, 10 + number, count)
+        for name, (count, low_end, high_end) in _RANGES.items():
+            drawn = low_end + (high_end - low_end) * draws[name]
             values[name] = drawn[:, 0] if count == 1 else drawn
         values["fold_count"] = values["fold_count"].floor()
         values["site"] = _place_site(values["site"], values["lumen_centre"], values["lumen_radius"])
@@ -125,6 +133,21 @@ class Anatomy:
             elif field.name not in ("seed", "companion"):
                 scalars[field.name] = value
         return scalars
+
+
+def uniform_draws(seeds: Tensor) -> dict[str, Tensor]:
+    """The uniform numbers behind each factor of the scenes ``seeds (n,)``: name -> ``(n, values)``."""
+    return {name: uniform(seeds, 10 + number, count) for number, (name, (count, _, _)) in enumerate(_RANGES.items())}
+
+
+def scene_seeds(n: int, seed: int) -> Tensor:
+    """The seeds ``(n,)`` of the scenes that `Anatomy.sample` draws; scene i's is the same whatever n is."""
+    if n < 1:
+        raise ValueError(f"Anatomy.sample: n was {n}, expected 1 or more scenes.")
+    base = torch.full((1,), int(seed) & _MASK32, dtype=torch.int64)
+    # 48 bits for each scene, so that two of many thousand scenes do not share a seed
+    high, low = ((uniform(base, stream, n)[0] * (1 << 24)).to(torch.int64) for stream in (1, 2))
+    return (high << 24) | low
 
 
 def _place_site(drawn: Tensor, centre: Tensor, radius: Tensor) -> Tensor:

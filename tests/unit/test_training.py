@@ -34,7 +34,8 @@ def test_training_lowers_the_loss_and_resumes_from_its_checkpoint(shards, capsys
     assert "from step 0" in first and "from step 100" in second
     loss = [float(out.split("loss ")[1].split()[0]) for out in (first, second)]
     assert loss[1] < loss[0] < 1.0
-    assert generator.load_trained(shards)[1] == 200
+    phases = [{"from_step": 0, "confounding": 0.0}, {"from_step": 100, "confounding": 0.0}]
+    assert generator.load_trained(shards)[1] == {"steps": 200, "phases": phases}
 
 
 def test_a_run_without_data_says_what_to_do(tmp_path):

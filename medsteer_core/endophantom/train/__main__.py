@@ -12,10 +12,11 @@ from ..pixart_twin import PixArtConfig
 
 def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(prog="python -m medsteer_core.endophantom.train", description=__doc__)
-    out.add_argument("step", choices=("data", "generator", "decoder", "judges", "bundle", "grid"))
+    out.add_argument("step", choices=("data", "generator", "decoder", "judges", "bundle", "grid", "confounding"))
     out.add_argument("--folder", type=Path, default=Path("output/training"), help="where a run keeps its files")
     out.add_argument("--steps", type=int, help="training steps (defaults: generator 8000, decoder 1500, judges 1500)")
     out.add_argument("--count", type=int, default=24_576, help="phantoms to render (data)")
+    out.add_argument("--confounding", type=float, default=0.0, help="how far anatomy leans with the class (data)")
     out.add_argument("--channels", type=int, default=16, help="latent channels (data)")
     out.add_argument("--batch", type=int, default=64, help="batch size (generator)")
     out.add_argument("--rate", type=float, default=1e-3, help="peak learning rate (generator)")
@@ -32,7 +33,7 @@ def main() -> None:
     if args.step == "data":
         from . import data
 
-        data.run(folder, args.count, args.channels)
+        data.run(folder, args.count, args.channels, args.confounding)
     elif args.step == "generator":
         from . import generator
 
@@ -46,6 +47,10 @@ def main() -> None:
         from . import judges
 
         judges.run(folder, args.steps or 1500)
+    elif args.step == "confounding":
+        from . import data
+
+        data.print_confounding(args.confounding)
     elif args.step == "grid":
         from . import grid
 

@@ -23,7 +23,7 @@ HALF = ("generator", "text", "classifier", "segmenter")
 
 def run(folder: Path, path: Path = PATH) -> None:
     """Write the bundle; held-out numbers are measured with the stored (rounded) weights and go into the recipe."""
-    model, step = generator.load_trained(folder)
+    model, trained = generator.load_trained(folder)
     saved = load(folder / "judges.pt")
     classifier, segmenter = Classifier(), Segmenter()
     classifier.load_state_dict(saved["classifier"])
@@ -41,12 +41,13 @@ def run(folder: Path, path: Path = PATH) -> None:
     for name in HALF:
         parts[name].half().float()
     recipe = {
-        "generator": model.model.config.to_dict() | {"steps": step, "prediction": "v"},
+        "generator": model.model.config.to_dict() | {"prediction": "v"} | trained,
         "text": {"vocabulary": text.VOCABULARY, "width": model.model.config.caption_channels},
         "autoencoder": {"steps": autoencoder_state["step"], "held_out_psnr_db": round(decoder.psnr(autoencoder), 2)},
         "judges": {"labels": LABELS, "findings": phantom.FINDINGS, "steps": saved["step"]}
         | {"held_out": {k: round(v, 4) for k, v in judges.held_out(classifier, segmenter).items()}},
-        "data": {"phantoms": len(shards(folder)) * data.SHARD, "mirrored": True, "size": data.SIZE},
+        "data": {"phantoms": len(shards(folder)) * data.SHARD, "mirrored": True, "size": data.SIZE,
+                 "confounding": load(shards(folder)[0]).get("confounding", 0.0)},
         "seeds": {"data": data.DATA_SEED, "encoder": data.ENCODER_SEED, "decoder": decoder.POOL_SEED,
                   "judges": judges.POOL_SEED, "judges_held_out": judges.HELD_OUT_SEED},
         "torch": torch.__version__,

@@ -6,9 +6,12 @@ import time
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from .. import phantom
+from ..anatomy import scene_seeds, uniform_draws
 from ..autoencoder import PatchAutoencoder
+from ..confounding import auroc_by_class, lean
 from .files import load, save_atomic
 
 SIZE = 128
@@ -16,10 +19,13 @@ ENCODER_SEED, DATA_SEED = 11, 1_000_000
 SHARD = 1024
 
 
-def render_batch(n: int, seed: int, size: int = SIZE) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``n`` phantoms of random classes: images ``(n, 3, size, size)`` in 0..1, masks, class ids ``(n,)``."""
+def render_batch(n: int, seed: int, size: int = SIZE, confounding: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """``n`` phantoms of random classes: images ``(n, 3, size, size)`` in 0..1, masks, class ids ``(n,)``.
+
+    With ``confounding`` above 0 their anatomy leans with the class.
+    """
     labels = torch.randint(0, len(phantom.CLASSES), (n,), generator=torch.Generator().manual_seed(seed))
-    anatomy = phantom.Anatomy.sample(n, seed)
+    anatomy = phantom.Anatomy.sample(n, seed, labels, confounding)
     out = phantom.render(anatomy, [phantom.CLASSES[i] for i in labels], size, noise_seed=seed)
     return out.image, out.masks, labels
 
@@ -39,7 +45,7 @@ def fit_encoder(folder: Path, channels: int, images: int = 1024) -> PatchAutoenc
 
 
 @torch.no_grad()
-def run(folder: Path, count: int, channels: int) -> None:
+def run(folder: Path, count: int, channels: int, confounding: float = 0.0) -> None:
     """Render ``count`` phantoms into shards of latents; each phantom is kept with its mirror image. Resumable."""
     encoder = fit_encoder(folder, channels)
     for index in range((count + SHARD - 1) // SHARD):
@@ -48,9 +54,21 @@ def run(folder: Path, count: int, channels: int) -> None:
             continue
         started, parts, classes = time.time(), [], []
         for chunk in range(SHARD // 64):
-            image, _, labels = render_batch(64, DATA_SEED + index * SHARD + chunk * 64)
+            image, _, labels = render_batch(64, DATA_SEED + index * SHARD + chunk * 64, confounding=confounding)
             both = torch.cat([image, image.flip(-1)]) * 2 - 1
             parts.append(encoder.encode(both).half())
             classes.append(labels.repeat(2))
-        save_atomic({"latents": torch.cat(parts), "labels": torch.cat(classes).to(torch.uint8)}, path)
+        shard = {"latents": torch.cat(parts), "labels": torch.cat(classes).to(torch.uint8), "confounding": confounding}
+        save_atomic(shard, path)
         print(f"shard {index}: {SHARD} phantoms in {time.time() - started:.1f} s", flush=True)
+
+
+def print_confounding(confounding: float, n: int = 20_000) -> Tensor:
+    """Print how well the anatomy of training phantoms tells their class (AUROC, one against the rest); ``(8,)``."""
+    labels = torch.randint(0, len(phantom.CLASSES), (n,), generator=torch.Generator().manual_seed(DATA_SEED))
+    draws = lean(uniform_draws(scene_seeds(n, DATA_SEED)), labels, confounding)
+    areas = auroc_by_class(draws, labels, confounding)
+    for name, area in zip(phantom.CLASSES, areas.tolist(), strict=True):
+        print(f"  {name}: {area:.3f}")
+    print(f"confounding {confounding}: anatomy tells the class with AUROC {float(areas.mean()):.3f} (mean)")
+    return areas

@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,11 @@ def batches(folder: Path, size: int, seed: int, after: int) -> Iterator[tuple[Te
         passes += 1
 
 
+def confounding_of(folder: Path) -> float:
+    """How far the anatomy of a run's phantoms leans with their class."""
+    return next((load(path).get("confounding", 0.0) for path in shards(folder)), 0.0)
+
+
 def optimizers(model: Generator, rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' matrices, AdamW for everything else."""
     matrices = [p for n, p in model.named_parameters() if "blocks." in n and n.endswith("weight") and p.ndim == 2]
@@ -91,14 +97,15 @@ def run(folder: Path, steps: int, batch: int, rate: float, seed: int, device: st
     model = Generator(config).to(device).eval()
     ema = AveragedModel(model, multi_avg_fn=average_in)
     optims = optimizers(model, rate)
-    path, first = folder / "generator.pt", 0
+    path, first, phases = folder / "generator.pt", 0, []
     if path.exists():
         state = load(path)
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         for optim, saved in zip(optims, state["optimizers"], strict=True):
             optim.load_state_dict(saved)
-        first = state["step"]
+        first, phases = state["step"], state.get("phases", [])
+    phases = [*phases, {"from_step": first, "confounding": confounding_of(folder)}]
     draw = torch.Generator().manual_seed(seed + first)
     chooser = random.Random(seed + first)
     print(
@@ -131,16 +138,16 @@ def run(folder: Path, steps: int, batch: int, rate: float, seed: int, device: st
         if (step + 1) % 500 == 0 or step + 1 == steps:
             states = [optim.state_dict() for optim in optims]
             saved = {"step": step + 1, "model": model.state_dict(), "ema": ema.state_dict(), "optimizers": states}
-            save_atomic({**saved, "config": config.to_dict()}, path)
+            save_atomic({**saved, "config": config.to_dict(), "phases": phases}, path)
 
 
-def load_trained(folder: Path) -> tuple[Generator, int]:
-    """The averaged weights of a run's last checkpoint and its step."""
+def load_trained(folder: Path) -> tuple[Generator, dict[str, Any]]:
+    """The averaged weights of a run's last checkpoint, and how far it was trained: ``steps`` and ``phases`` of data."""
     state = load(folder / "generator.pt")
     model = Generator(PixArtConfig(**state["config"]))
     weights = {k.removeprefix("module."): v for k, v in state["ema"].items() if k.startswith("module.")}
     model.load_state_dict(weights)
-    return model.eval(), state["step"]
+    return model.eval(), {"steps": state["step"], "phases": state.get("phases", [])}
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from .files import load
 @torch.no_grad()
 def run(folder: Path, each: int = 8, shown: int = 6, cfg: float = 4.0) -> None:
     """Writes ``grid.png`` (one row a class) into the folder and prints the judged share of each class."""
-    model, step = generator.load_trained(folder)
+    model, trained = generator.load_trained(folder)
     decoder = folder / "decoder.pt"
     state = load(decoder if decoder.exists() else folder / "encoder.pt")["model"]
     autoencoder = PatchAutoencoder(state["encoder.weight"].shape[0])
@@ -32,7 +32,7 @@ def run(folder: Path, each: int = 8, shown: int = 6, cfg: float = 4.0) -> None:
     config = model.model.config
     noise = torch.randn(each, config.in_channels, 16, 16, generator=torch.Generator().manual_seed(99))
     rows = []
-    print(f"step {step}, cfg {cfg}")
+    print(f"step {trained['steps']}, cfg {cfg}")
     for name in CLASSES:
         latents = generator.sample(model, [f"An endoscopic image of {name}"] * each, noise, cfg)
         images = ((autoencoder.decode(latents) + 1) / 2).clamp(0, 1)
