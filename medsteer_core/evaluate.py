@@ -10,7 +10,7 @@ measures how well everything outside the finding was kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from statistics import NormalDist
@@ -106,6 +106,14 @@ def compare_pairs(factuals: Tensor, counterfactuals: Tensor) -> dict[str, Any]:
     a, b = checked_pair(factuals, counterfactuals, batch=True)
     pairs = [compare(*pair) for pair in zip(a, b, strict=True)]
     return pairs[0] if len(pairs) == 1 else {"pairs": pairs}
+
+
+def in_words(compared: Mapping[str, Any]) -> str:
+    """One line on what `compare_pairs` gave."""
+    pairs = compared.get("pairs", [compared])
+    ssim, psnr, changed = (_mean([pair[name] for pair in pairs]) for name in ("ssim", "psnr_db", "changed_fraction"))
+    start = "" if len(pairs) == 1 else f"mean of {len(pairs)} pairs: "
+    return f"{start}SSIM {ssim:.3f}, PSNR {psnr:.1f} dB, {changed:.1%} of pixels changed"
 
 
 def channels_first(images: Tensor) -> Tensor:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
-from ..medsteer_core.evaluate import channels_first, compare_pairs
+from ..medsteer_core.evaluate import channels_first, compare_pairs, in_words
+from ..medsteer_core.host.notes import note
 from ..medsteer_core.report import difference_image
 from .types import CATEGORY
 
@@ -31,12 +32,14 @@ class CounterfactualCompare(io.ComfyNode):
                     "metrics", tooltip="SSIM, PSNR in dB, changed share of pixels, for each pair, as JSON."
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
     @classmethod
     def execute(cls, factual: torch.Tensor, counterfactual: torch.Tensor) -> io.NodeOutput:
         first, second = (channels_first(image) for image in (factual, counterfactual))
-        metrics = json.dumps(compare_pairs(first, second), indent=1)
+        compared = compare_pairs(first, second)
+        metrics = json.dumps(compared, indent=1)
         difference = difference_image(first, second).movedim(0, -1)[None]
-        return io.NodeOutput(difference, metrics, ui=ui.PreviewText(metrics))
+        return io.NodeOutput(difference, metrics, ui=note(metrics, cls.hidden.unique_id, in_words(compared)))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..medsteer_core.host import extraction, sampling
+from ..medsteer_core.host.notes import note
 from ..medsteer_core.summary import describe
 from .prompts import prompt_text
 from .types import CATEGORY, Vector
@@ -117,4 +118,4 @@ class ExtractPathologyVector(io.ComfyNode):
         )
         vector = extraction.extract(model, request)
         summary = describe(vector)
-        return io.NodeOutput(vector, summary, ui=ui.PreviewText(summary))
+        return io.NodeOutput(vector, summary, ui=note(summary, cls.hidden.unique_id))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
+from ..medsteer_core.host.notes import note
 from ..medsteer_core.host.steer import steer
 from .types import CATEGORY, Vector
 
@@ -91,6 +92,7 @@ class Steer(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output("model", tooltip="The steered model, for KSampler. Steer nodes can be chained.")],
+            hidden=[io.Hidden.unique_id],
             has_intermediate_output=True,
         )
 
@@ -107,5 +109,5 @@ class Steer(io.ComfyNode):
     ) -> io.NodeOutput:
         parameters = dict(operator or {})  # ComfyUI passes nothing for an operator that it does not know
         name = parameters.pop("operator", None)
-        steered, note = steer(model, vector, name, parameters, start_percent, end_percent, sites, rows)
-        return io.NodeOutput(steered, ui=ui.PreviewText(note))
+        steered, text = steer(model, vector, name, parameters, start_percent, end_percent, sites, rows)
+        return io.NodeOutput(steered, ui=note(text, cls.hidden.unique_id))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..medsteer_core.host import vector_folder
+from ..medsteer_core.host.notes import note
 from ..medsteer_core.summary import describe
 from .types import CATEGORY, Vector
 
@@ -27,13 +28,14 @@ class SavePathologyVector(io.ComfyNode):
                 ),
             ],
             outputs=[io.String.Output("path", tooltip="The name under which Load Pathology Vector lists the file.")],
+            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
     @classmethod
     def execute(cls, vector, filename_prefix: str) -> io.NodeOutput:
         name = vector_folder.save(vector, filename_prefix)
-        return io.NodeOutput(name, ui=ui.PreviewText(f"Saved as models/medsteer/{name}"))
+        return io.NodeOutput(name, ui=note(f"Saved as models/medsteer/{name}", cls.hidden.unique_id))
 
 
 class LoadPathologyVector(io.ComfyNode):
@@ -53,6 +55,7 @@ class LoadPathologyVector(io.ComfyNode):
                 )
             ],
             outputs=[Vector.Output("vector", tooltip="The pathology vector, for Steer.")],
+            hidden=[io.Hidden.unique_id],
             has_intermediate_output=True,
         )
 
@@ -68,4 +71,4 @@ class LoadPathologyVector(io.ComfyNode):
     @classmethod
     def execute(cls, vector_name: str) -> io.NodeOutput:
         vector = vector_folder.load(vector_name)
-        return io.NodeOutput(vector, ui=ui.PreviewText(describe(vector)))
+        return io.NodeOutput(vector, ui=note(describe(vector), cls.hidden.unique_id))

@@ -395,3 +395,11 @@ def test_a_prompt_names_its_longest_class(prompt, expected):
 def test_a_prompt_without_a_class_is_refused():
     with pytest.raises(MedSteerError, match="names no class"):
         evaluate.class_of("a cat")
+
+
+def test_a_comparison_in_words_names_its_numbers():
+    image = picture()
+    same = evaluate.compare_pairs(image[None], image[None])
+    assert evaluate.in_words(same) == "SSIM 1.000, PSNR 100.0 dB, 0.0% of pixels changed"
+    two = evaluate.compare_pairs(torch.stack([image, image]), torch.stack([image, image]))
+    assert evaluate.in_words(two).startswith("mean of 2 pairs: SSIM 1.000")
