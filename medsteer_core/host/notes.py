@@ -6,7 +6,7 @@ from comfy_api.latest import ui
 
 
 def note(text: str, node_id: str | None, shown: str | None = None) -> ui.PreviewText:
-    """Show ``shown`` (or ``text``) on the node ``node_id`` in the browser; returns what puts ``text`` in the history."""
+    """Show ``shown`` (or ``text``) on the node ``node_id`` in the browser; gives what puts ``text`` in the history."""
     from server import PromptServer  # ComfyUI's web server; there is none where nodes run without it
 
     server = getattr(PromptServer, "instance", None)
