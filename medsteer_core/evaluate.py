@@ -1,7 +1,7 @@
 """Score pairs of a factual and a counterfactual image: the one place, for node, benchmark and dataset report alike.
 
-`compare` needs no judge and fits any two images. `score_pair` asks EndoPhantom's judges whether the finding went and
-measures how well everything outside the finding was kept.
+`score_pair` asks EndoPhantom's judges whether the finding went and measures how well everything outside the finding was
+kept. What needs no judge and fits any two images is in `image_pairs`.
 
     score = score_pair(factual, counterfactual, "polyps", "normal cecum")
     score.flipped, score.ssim_outside
@@ -10,7 +10,7 @@ measures how well everything outside the finding was kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from statistics import NormalDist
@@ -23,7 +23,8 @@ from torch.nn import functional as F
 from .endophantom.judges import SIZE as JUDGE_SIZE
 from .endophantom.judges import Verdict
 from .endophantom.phantom import CLASSES, FINDINGS
-from .errors import MedSteerError, needs
+from .errors import MedSteerError
+from .image_pairs import SSIM_WINDOW, changed, checked_pair, mean, psnr, ssim_map
 
 FINDINGS_OF: dict[str, tuple[str, ...]] = {
     "dyed lifted polyps": ("polyp", "dye"),
@@ -41,11 +42,6 @@ FINDING_LEFT_LIMIT = 0.003
 MASK_LIMIT = 0.4
 # The segmenter sees 64x64 pixels; its edges are uncertain by about two of them.
 MASK_MARGIN = 2 / JUDGE_SIZE
-CHANGED_LEVELS = 8
-# Stands for the infinite PSNR of equal images: JSON has no infinity, and a mean of pairs stays a number.
-PSNR_CEILING = 100.0
-# SSIM as Wang et al. (2004) define it: an 11x11 Gaussian window of sigma 1.5.
-SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 _RESAMPLES = 2000
 
 JudgesLike = Callable[[Tensor], Verdict]
@@ -84,43 +80,6 @@ class PairScore:
         return {name: _rounded(value) for name, value in asdict(self).items()}
 
 
-def compare(factual: Tensor, counterfactual: Tensor) -> dict[str, Any]:
-    """What two images ``(3, H, W)`` in 0..1 differ by, without any judge, as numbers for JSON.
-
-    ssim; psnr_db (100 where the images are equal); mean_abs_difference in 0..1; changed_fraction, the share of pixels
-    whose channels differ by more than 8 of 255 levels on average; identical. MedSteerError for images that do not fit.
-    """
-    a, b = checked_pair(factual, counterfactual, batch=False)
-    difference = (a - b).abs()
-    numbers = {
-        "ssim": _ssim_map(a, b).mean().item(),
-        "psnr_db": _psnr(difference.square().mean().item()),
-        "mean_abs_difference": difference.mean().item(),
-        "changed_fraction": _changed(difference)[0].item(),
-    }
-    return {**{name: round(value, 4) for name, value in numbers.items()}, "identical": torch.equal(a, b)}
-
-
-def compare_pairs(factuals: Tensor, counterfactuals: Tensor) -> dict[str, Any]:
-    """`compare` of pairs ``(n, 3, H, W)``: one pair's numbers, or those of each under ``pairs``."""
-    a, b = checked_pair(factuals, counterfactuals, batch=True)
-    pairs = [compare(*pair) for pair in zip(a, b, strict=True)]
-    return pairs[0] if len(pairs) == 1 else {"pairs": pairs}
-
-
-def in_words(compared: Mapping[str, Any]) -> str:
-    """One line on what `compare_pairs` gave."""
-    pairs = compared.get("pairs", [compared])
-    ssim, psnr, changed = (_mean([pair[name] for pair in pairs]) for name in ("ssim", "psnr_db", "changed_fraction"))
-    start = "" if len(pairs) == 1 else f"mean of {len(pairs)} pairs: "
-    return f"{start}SSIM {ssim:.3f}, PSNR {psnr:.1f} dB, {changed:.1%} of pixels changed"
-
-
-def channels_first(images: Tensor) -> Tensor:
-    """ComfyUI's images ``(n, H, W, 3 or more)`` as ``(n, 3, H, W)``; an alpha channel is left out."""
-    return images[..., :3].movedim(-1, 1)
-
-
 def score_pair(
     factual: Tensor, counterfactual: Tensor, source: str, target: str, judges: JudgesLike | None = None
 ) -> PairScore:
@@ -145,7 +104,7 @@ def score_pairs(
     # Only findings the pair is about are left out: an artefact that looks like another one counts as damage.
     concerned = (*FINDINGS_OF[source], *FINDINGS_OF[target])
     mask = _dilated(_union(before, concerned) | _union(after, concerned), round(MASK_MARGIN * min(a.shape[-2:])))
-    ssim, square = _ssim_map(a, b), (a - b).square().mean(1)
+    ssim, square = ssim_map(a, b), (a - b).square().mean(1)
     outside = ~_dilated(mask, SSIM_WINDOW // 2)
     columns = {
         "factual_label": before.labels,
@@ -161,9 +120,9 @@ def score_pairs(
         ],
         "mask_fraction": _share(mask),
         "ssim_outside": [_mean_where(*item) for item in zip(ssim, outside, mask, strict=True)],
-        "psnr_outside": [_psnr(_mean_where(*item)) for item in zip(square, outside, mask, strict=True)],
+        "psnr_outside": [psnr(_mean_where(*item)) for item in zip(square, outside, mask, strict=True)],
         "ssim": ssim.mean((1, 2)).tolist(),
-        "changed_fraction": _changed((a - b).abs()).tolist(),
+        "changed_fraction": changed((a - b).abs()).tolist(),
         "identical": [torch.equal(*pair) for pair in zip(a, b, strict=True)],
     }
     rows = zip(*columns.values(), strict=True)
@@ -220,44 +179,14 @@ def summarise(scores: Iterable[PairScore]) -> dict[str, Any]:
         "flips": flips,
         "flip_rate": flips / len(kept) if kept else None,
         "flip_rate_interval": wilson(flips, len(kept)),
-        "ssim_outside": _mean(outside),
+        "ssim_outside": mean(outside),
         "ssim_outside_interval": _bootstrap(outside),
         "ssim_outside_n": len(outside),
         "identical": sum(score.identical for score in kept),
     }
     for name in ("psnr_outside", "finding_before", "finding_after", "finding_left", "changed_fraction", "ssim"):
-        record[name] = _mean([getattr(score, name) for score in kept if getattr(score, name) is not None])
+        record[name] = mean([getattr(score, name) for score in kept if getattr(score, name) is not None])
     return {name: _rounded(value) for name, value in record.items()}
-
-
-def checked_pair(factual: Tensor, counterfactual: Tensor, batch: bool) -> tuple[Tensor, Tensor]:
-    """Both images as float32 batches ``(n, 3, H, W)`` on the CPU; MedSteerError where they do not fit."""
-    images = []
-    for name, image in (("factual", factual), ("counterfactual", counterfactual)):
-        shape, wanted = tuple(image.shape), "(n, 3, height, width)" if batch else "(3, height, width)"
-        if len(shape) != 3 + batch or shape[-3] != 3 or min(shape[-2:]) < SSIM_WINDOW or 0 in shape:
-            hint = " Channels come first: use image.movedim(-1, -3)." if shape[-1:] == (3,) else ""
-            raise MedSteerError(
-                f"the {name} has shape {shape}; {wanted} with sides of {SSIM_WINDOW} pixels or more was expected.{hint}"
-            )
-        pixels = image.detach().float().cpu()
-        if not pixels.isfinite().all():
-            count = int((~pixels.isfinite()).sum())
-            raise MedSteerError(
-                f"the {name} has {count} values that are not finite; 0..1 was expected. Sample it again."
-            )
-        if pixels.min() < -0.5 or pixels.max() > 2:
-            low, high = pixels.min().item(), pixels.max().item()
-            raise MedSteerError(
-                f"the {name} has values from {low:.4g} to {high:.4g}; 0..1 was expected. Scale it first."
-            )
-        images.append(pixels.clamp(0, 1) if batch else pixels.clamp(0, 1)[None])
-    if images[0].shape != images[1].shape:
-        raise MedSteerError(
-            f"the factual has shape {tuple(factual.shape)} and the counterfactual {tuple(counterfactual.shape)}; equal "
-            "shapes were expected. Make both from the same latent size."
-        )
-    return images[0], images[1]
 
 
 def _check_classes(source: str, target: str) -> None:
@@ -287,38 +216,11 @@ def _dilated(mask: Tensor, reach: int) -> Tensor:
     return F.max_pool2d(mask[:, None].float(), 2 * reach + 1, 1, reach)[:, 0] > 0
 
 
-def _ssim_map(a: Tensor, b: Tensor) -> Tensor:
-    """SSIM of each pixel's window, (n, H, W), mean of the channels; borders are reflected."""
-    with needs("torchmetrics"):
-        from torchmetrics.functional.image import structural_similarity_index_measure
-
-    options = {"sigma": SSIM_SIGMA, "kernel_size": SSIM_WINDOW, "data_range": 1.0, "reduction": "none"}
-    _, full = structural_similarity_index_measure(a, b, **options, return_full_image=True)
-    return full.mean(1)
-
-
-def _changed(difference: Tensor) -> Tensor:
-    """Share (n,) of pixels that differ by more than `CHANGED_LEVELS`; ``difference`` (n, 3, H, W), absolute."""
-    # the small step keeps a difference of exactly 8 levels below the limit in float32
-    return (difference.mean(1) * 255 > CHANGED_LEVELS + 1e-3).float().mean((1, 2))
-
-
 def _mean_where(values: Tensor, outside: Tensor, mask: Tensor) -> float | None:
     """Mean of ``values`` over ``outside``; None when ``mask`` covers too much or nothing is outside."""
     if mask.float().mean() > MASK_LIMIT or not outside.any():
         return None
     return values[outside].mean().item()
-
-
-def _psnr(mean_square: float | None) -> float | None:
-    """PSNR in dB of a mean squared error in 0..1, at most `PSNR_CEILING`."""
-    if mean_square is None:
-        return None
-    return PSNR_CEILING if mean_square == 0 else min(PSNR_CEILING, -10 * math.log10(mean_square))
-
-
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
 
 
 def _bootstrap(values: list[float]) -> tuple[float, float] | None:

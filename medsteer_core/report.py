@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import MedSteerError, needs
-from .evaluate import checked_pair
+from .image_pairs import checked_pair
 
 MOST_PAIRS = 8
 # Smaller differences never fill the colours: sensor noise must not look like a finding.

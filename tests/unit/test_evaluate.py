@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from medsteer_core import evaluate
+from medsteer_core import evaluate, image_pairs
 from medsteer_core.endophantom.judges import LABELS, Verdict
 from medsteer_core.endophantom.phantom import CLASSES, FINDINGS
 from medsteer_core.errors import MedSteerError
-from medsteer_core.evaluate import FINDINGS_OF, PairScore, compare, score_pair, score_pairs, summarise, wilson
+from medsteer_core.evaluate import FINDINGS_OF, PairScore, score_pair, score_pairs, summarise, wilson
+from medsteer_core.image_pairs import compare
 
 SIDE = 64
 
@@ -399,7 +400,7 @@ def test_a_prompt_without_a_class_is_refused():
 
 def test_a_comparison_in_words_names_its_numbers():
     image = picture()
-    same = evaluate.compare_pairs(image[None], image[None])
-    assert evaluate.in_words(same) == "SSIM 1.000, PSNR 100.0 dB, 0.0% of pixels changed"
-    two = evaluate.compare_pairs(torch.stack([image, image]), torch.stack([image, image]))
-    assert evaluate.in_words(two).startswith("mean of 2 pairs: SSIM 1.000")
+    same = image_pairs.compare_pairs(image[None], image[None])
+    assert image_pairs.in_words(same) == "SSIM 1.000, PSNR 100.0 dB, 0.0% of pixels changed"
+    two = image_pairs.compare_pairs(torch.stack([image, image]), torch.stack([image, image]))
+    assert image_pairs.in_words(two).startswith("mean of 2 pairs: SSIM 1.000")

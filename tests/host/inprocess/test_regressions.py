@@ -5,7 +5,7 @@ import builtins
 import pytest
 import tiny
 import torch
-from medsteer_pack.medsteer_core import errors, evaluate
+from medsteer_pack.medsteer_core import errors, image_pairs
 from medsteer_pack.medsteer_core.host import checkpoints, fingerprint, vector_folder
 from medsteer_pack.medsteer_core.host.pixart import AnySizePixArtMS
 from medsteer_pack.nodes.steer import Steer
@@ -74,4 +74,4 @@ def test_a_missing_package_for_scores_is_a_clear_error(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(errors.MedSteerError, match="pip install torchmetrics"):
-        evaluate.compare(torch.rand(3, 32, 32), torch.rand(3, 32, 32))
+        image_pairs.compare(torch.rand(3, 32, 32), torch.rand(3, 32, 32))
