@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from medsteer_core.demo import ROOT, write_whole
-from medsteer_core.errors import MedSteerError
+from medsteer_core.errors import MedSteerError, needs
 from medsteer_core.evaluate import embedded_judges
 from medsteer_core.report import png
 from medsteer_core.server import ServerError
@@ -50,8 +50,8 @@ def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
 def check_scoring() -> None:
     """Fail now, not after minutes of sampling, when the judges or the packages for scoring are missing."""
     for package in ("matplotlib", "torchmetrics"):
-        if importlib.util.find_spec(package) is None:
-            raise MedSteerError(f"{package} is not installed; scores and pictures need it. Install {package}.")
+        with needs(package):
+            importlib.import_module(package)
     embedded_judges()
 
 

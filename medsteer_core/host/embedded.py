@@ -34,7 +34,6 @@ def load_endophantom() -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP,
 class EndoPhantomLatent(comfy.latent_formats.LatentFormat):
     """Latents of the bundle's autoencoder: unit mean square, 8x smaller than the image."""
 
-    latent_channels = 16
     spacial_downscale_ratio = PATCH
 
     def __init__(self, autoencoder: dict[str, Tensor]):

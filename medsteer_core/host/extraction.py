@@ -24,6 +24,7 @@ from .patch import observed, plan_of
 from .sampling import Schedule
 
 PAIRED, UNPAIRED = "paired", "unpaired"
+SEEDS = (1 << 64) - 1  # stochastic samplers on the CPU add 1, and torch takes nothing from 2**64 on
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +100,7 @@ def _statistics(
         noise = sampling.noise_for(latent, request.seed, range(first + start, first + start + size))
         callback = report.for_batch(size)
         # Stochastic samplers draw their own noise from the seed: another batch gets another one.
-        seed = request.seed + first + start
+        seed = (request.seed + first + start) % SEEDS
         sampling.sample(watched, positive, request.negative, noise, request.schedule, request.cfg, seed, callback)
     return sums.statistics()
 

@@ -260,3 +260,8 @@ def test_cancelling_before_a_run_stops_it(pixart, progress_hook):
         with pytest.raises(comfy.model_management.InterruptProcessingException):
             extract(pixart)
     assert rows == []
+
+
+def test_the_largest_seed_of_the_node_works_with_a_stochastic_sampler(pixart):
+    vector = extract(pixart, seed=2**64 - 1, sampler="euler_ancestral", noise=extraction.UNPAIRED)
+    assert vector.steps == 4 and vector.provenance["seed"] == 2**64 - 1
