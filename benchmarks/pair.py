@@ -184,7 +184,7 @@ def run(chosen: argparse.Namespace) -> tuple[dict[str, Any], Tensor]:
         "device": device,
         "versions": made_with,
         "endophantom_sha256": Bundle().sha256(),
-        "judge": "EndoPhantom's own classifier and segmenter, trained on renders only",
+        "judge": "EndoPhantom's own judges, trained on renders only",
         "notice": "Synthetic images for research. Not for diagnosis.",
         "pairs": _per_image(batches, scores),
     }
@@ -221,16 +221,19 @@ def fresh_seeds(first: int, count: int, extraction: Mapping[str, Any]) -> list[i
 
 def table(record: Mapping[str, Any]) -> str:
     """The methods as aligned lines; every interval at 95%."""
-    head = ("method", "pairs", "accepted", "flip rate [95%]", "SSIM outside [95%]", "finding left", "s a pair")
+    head = ("method", "pairs", "accepted", "flip rate [95%]", "SSIM outside [95%]", "drift", "finding left", "s a pair")
     lines = [head]
     for name, row in record["methods"].items():
         flips = with_interval(row["flip_rate"], row["flip_rate_interval"])
         ssim = with_interval(row["ssim_outside"], row["ssim_outside_interval"])
+        drift = "-" if row["anatomy_drift"] is None else f"{row['anatomy_drift']:.2f}"
         left = "-" if row["finding_left"] is None else f"{100 * row['finding_left']:.2f}%"
-        lines.append((name, str(row["n"]), str(row["accepted"]), flips, ssim, left, f"{row['seconds_per_pair']:.2f}"))
+        counts, seconds = (str(row["n"]), str(row["accepted"])), f"{row['seconds_per_pair']:.2f}"
+        lines.append((name, *counts, flips, ssim, drift, left, seconds))
     title = f"{record['source']} -> {record['target']}, {record['device']}, judged by EndoPhantom's judges"
     control = "identical" if record["control_identical"] else "NOT identical"
     notes = f"vector extracted once in {record['extraction_seconds']:.1f} s; strength 0 against factual: {control}"
+    notes += "; drift: of the anatomy, in the regressors' errors"
     return "\n".join(["", title, *aligned(lines), notes])
 
 

@@ -1,6 +1,6 @@
 """Streaming statistics of activations: what is kept does not grow with the number of samples."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -63,14 +63,8 @@ class ActivationSums:
         mean = samples.mean(dim=0)
         batch = _Running(mean, (samples - mean).square().sum(), samples.shape[0])
         at_site = self._running.setdefault(site, {})
-        key = self._key(at_site, float(sigma))
+        key = level_of(at_site, float(sigma))
         at_site[key] = _merge(site, at_site[key], batch) if key in at_site else batch
-
-    def _key(self, known: Mapping[float, _Running], sigma: float) -> float:
-        """The sigma under which this one is kept: samplers compute the same noise level with different rounding."""
-        if sigma in known:
-            return sigma
-        return next((other for other in known if abs(other - sigma) <= SIGMA_RTOL * max(other, sigma)), sigma)
 
     def statistics(self) -> dict[str, SigmaStatistics]:
         """What was observed, by site in the order of first observation; one transfer for each device.
@@ -93,6 +87,13 @@ class ActivationSums:
                 count,
             )
         return result
+
+
+def level_of(known: Collection[float], sigma: float) -> float:
+    """The sigma under which this one is kept: samplers compute the same noise level with different rounding."""
+    if sigma in known:
+        return sigma
+    return next((other for other in known if abs(other - sigma) <= SIGMA_RTOL * max(other, sigma)), sigma)
 
 
 def _merge(site: str, old: _Running, new: _Running) -> _Running:

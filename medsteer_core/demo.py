@@ -208,27 +208,35 @@ def table(report: Mapping[str, Any]) -> str:
 
     seconds = {**report["seconds"]}
     seconds["nodes"] = {title: spent for title, spent in seconds["nodes"].items() if spent >= 0.1}
-    shown = {name: report[name] for name in ("prompts", "seed", "operator", "strength", "scores")} | {
-        "seconds": seconds
-    }
+    shown = {name: report[name] for name in ("prompts", "seed", "operator", "strength", "scores")}
+    # one number for each factor of the anatomy is for report.json; their mean stands here
+    shown["scores"] = {name: value for name, value in report["scores"].items() if name != "anatomy_drifts"}
+    shown["seconds"] = seconds
     rows = lines(shown, "")
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"  {name:<{width}}  {value}".rstrip() for name, value in rows)
 
 
 def cell(value: Any) -> str:
-    """One value as text; two values are before and after."""
+    """One value as text; two numbers are before and after."""
     if isinstance(value, (list, tuple)):
+        if all(isinstance(item, str) for item in value):
+            return ", ".join(value) or "none"
         return " -> ".join(map(cell, value))
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def verdict(scores: Mapping[str, Any]) -> str:
-    """One sentence on whether the judge saw the finding before and sees it gone after."""
+    """One sentence on whether the pair counts as flipped, and if not, what it misses."""
     seen = f"{scores['factual_label']} before, {scores['counterfactual_label']} after"
     if scores["accepted"] and scores["flipped"]:
-        return f"The judge sees {seen}: the finding is gone."
-    missed = "it sees no finding to remove" if not scores["accepted"] else "the finding stays"
+        return f"The judge sees {seen}: the pair is flipped."
+    if scores["accepted"]:
+        missed = f"the pair is not flipped ({', '.join(scores['misses'])})"
+    elif scores["factual_label"] != scores["source"]:
+        missed = f"the factual image is not of {scores['source']}"
+    else:
+        missed = "the factual image is unlike any render"
     return f"WARNING: the judge sees {seen}: {missed}. Try another --seed."
 
 

@@ -28,25 +28,30 @@ def mean_difference(
     without any is left out and named in `provenance["dropped_sites"]`. Raises MedSteerError when sites, widths or
     sigmas don't match, and when the two prompts differ nowhere.
     """
-    _check_match(present, absent)
+    check_match(present, absent)
     usable = {name: _usable_steps(present[name], absent[name]) for name in present}
     kept = [name for name in present if usable[name].any()]
     if not kept:
-        raise MedSteerError(
-            "The prompts 'present' and 'absent' give the same activations everywhere, so there is no direction between "
-            "them. Give two different prompts, one with the finding and one without it; if they do differ, check that "
-            "the text encoder knows the words."
-        )
+        raise nothing_differs()
     facts = {
         **provenance,
         "estimator": "mean_difference",
-        "observations": {"present": _count(present), "absent": _count(absent)},
+        "observations": {"present": observations(present), "absent": observations(absent)},
         "degenerate": sum(int((~usable[name]).sum()) for name in kept),
     }
     if dropped := [name for name in present if name not in kept]:
         facts["dropped_sites"] = dropped
     sites = {name: _site_directions(present[name], absent[name], usable[name]) for name in kept}
     return PathologyVector(sites, present[kept[0]].sigmas, facts, flow)
+
+
+def nothing_differs() -> MedSteerError:
+    """The error for two prompts between which there is nothing to find."""
+    return MedSteerError(
+        "The prompts 'present' and 'absent' give the same activations everywhere, so there is no direction between "
+        "them. Give two different prompts, one with the finding and one without it; if they do differ, check that "
+        "the text encoder knows the words."
+    )
 
 
 def _difference(present: SigmaStatistics, absent: SigmaStatistics) -> Tensor:
@@ -80,12 +85,13 @@ def _nearest(usable: Tensor) -> Tensor:
     return candidates[distance.argmin(dim=1)]
 
 
-def _count(statistics: Statistics) -> int:
+def observations(statistics: Statistics) -> int:
     """The samples that every site and step has seen."""
     return min(int(site.count.min()) for site in statistics.values())
 
 
-def _check_match(present: Statistics, absent: Statistics) -> None:
+def check_match(present: Statistics, absent: Statistics) -> None:
+    """Raise MedSteerError unless both have the same sites, widths and sigmas."""
     if not present or not absent:
         raise MedSteerError("There are no activations to compare; run both prompts through the model first.")
     if set(present) != set(absent):

@@ -2,7 +2,7 @@
 
 `a` is (..., C), usually (rows, tokens, C); `d` is (R, C) with orthonormal rows, on the device and in the dtype of `a`.
 Nothing here casts the activation, waits for the device, or changes `a` in place.
-METHOD: suppress, ablate, add on the output of a text cross-attention (MedSteer, arXiv 2603.07066).
+METHOD: suppress, ablate, add on the output of a text cross-attention (MedSteer, arXiv 2603.07066); affine is ours.
 """
 
 import math
@@ -22,6 +22,8 @@ class Step(Protocol):
 
     directions: Tensor
     gaps: Tensor
+    readers: Tensor | None
+    offsets: Tensor | None
 
 
 def suppress(a: Tensor, d: Tensor, strength: float, keep_norm: bool) -> Tensor:
@@ -46,6 +48,38 @@ def add(a: Tensor, d: Tensor, amount: Tensor, keep_norm: bool) -> Tensor:
     """`a + sum_i amount_i d_i`, the same for every token; `amount` (R,) is signed, in the activation's own units."""
     steered = a + amount @ d
     return _restore_norm(a, steered) if keep_norm else steered
+
+
+def affine(
+    a: Tensor, d: Tensor, readers: Tensor, offsets: Tensor, strength: float, focus: float, keep_norm: bool
+) -> Tensor:
+    """`a - strength * gain * sum_i (readers_i.a + offsets_i) d_i`: at strength 1 what the absent prompt would give.
+
+    `readers` (R, C) and `offsets` (R,) predict, from the activation itself, its coordinates along `d` of what the
+    prompt put into it. So unlike `suppress` each token loses its own amount, in a direction of its own within the
+    span of `d`. A relative is affine steering (Singh et al. 2024, "Representation Surgery", arXiv 2402.09631), which
+    maps one class's mean and covariance onto the other's. Ours is another map: an oblique one of low rank, fitted by
+    regression on both prompts' activations at the same state (see affine.py).
+
+    With `focus` 0 the gain is 1. Else it is `e / (e + focus**2 * mean(e))`, where e is a token's squared change and the
+    mean is over the row's tokens (Wiener's gain with that share of the mean as noise): tokens in which little would
+    change, as outside a focal finding, are left nearly as they are.
+    """
+    if strength == 0:
+        return a
+    # The offset is added before the sum is rounded: in half precision the two mostly cancel.
+    amounts = torch.addmm(offsets, a.reshape(-1, a.shape[-1]), readers.mT)
+    if focus:
+        amounts = amounts * _wiener_gain(amounts.view(*a.shape[:-1], -1), focus).reshape(-1, 1)
+    steered = _add_rows(a, amounts, d, -strength)
+    return _restore_norm(a, steered) if keep_norm else steered
+
+
+def _wiener_gain(amounts: Tensor, focus: float) -> Tensor:
+    """`e / (e + focus**2 * mean(e))` for each token, (..., tokens, 1), in the dtype of `amounts` (..., tokens, R)."""
+    energy = amounts.float().square().sum(dim=-1, keepdim=True)  # a half-precision square overflows
+    noise = focus**2 * energy.mean(dim=-2, keepdim=True)
+    return (energy / (energy + noise).clamp_min(torch.finfo(energy.dtype).tiny)).to(amounts.dtype)
 
 
 def _add_rows(a: Tensor, coefficients: Tensor, d: Tensor, scale: float) -> Tensor:
@@ -73,6 +107,7 @@ class Operator(ABC):
     """A steering rule with its parameters. Call it with an activation and a step of the vector."""
 
     name: ClassVar[str] = ""
+    needs_readers: ClassVar[bool] = False  # whether only vectors with readers will do
 
     @property
     def is_identity(self) -> bool:
@@ -141,7 +176,42 @@ class Add(Operator):
         return add(a, step.directions, signed * step.gaps, self.keep_norm)
 
 
-OPERATORS: dict[str, type[Operator]] = {kind.name: kind for kind in (Suppress, Ablate, Add)}
+@dataclass(frozen=True)
+class Affine(Operator):
+    """Take away what the present prompt put in, token by token: 1 as the absent prompt would, beyond exaggerates.
+
+    `focus` above 0 spares the tokens in which little would change.
+    """
+
+    name: ClassVar[str] = "affine"
+    needs_readers: ClassVar[bool] = True
+    strength: float = 1.0
+    focus: float = 0.0
+    keep_norm: bool = False
+
+    def __post_init__(self) -> None:
+        _check_strength(self)
+        _check_number(self, "focus")
+        if self.focus < 0:
+            raise MedSteerError(f"affine: focus is {self.focus}; 0 (every token) or more was expected.")
+
+    def __call__(self, a: Tensor, step: Step) -> Tensor:
+        if self.is_identity:
+            return a
+        if step.readers is None or step.offsets is None:
+            raise needs_same_state(self.name)
+        return affine(a, step.directions, step.readers, step.offsets, self.strength, self.focus, self.keep_norm)
+
+
+OPERATORS: dict[str, type[Operator]] = {kind.name: kind for kind in (Suppress, Ablate, Add, Affine)}
+
+
+def needs_same_state(operator: str) -> MedSteerError:
+    """The error for an operator that reads activations and a vector that does not say how."""
+    return MedSteerError(
+        f"The operator '{operator}' needs a vector that was extracted with noise 'same state', and this vector was "
+        "not. Set noise to 'same state' in Extract Pathology Vector and extract it again, or choose another operator."
+    )
 
 
 def make_operator(name: str, **parameters: Any) -> Operator:
@@ -156,10 +226,15 @@ def make_operator(name: str, **parameters: Any) -> Operator:
 
 
 def _check_strength(operator: Operator) -> None:
+    _check_number(operator, "strength")
+
+
+def _check_number(operator: Operator, name: str) -> None:
+    given = getattr(operator, name)
     try:
-        strength = float(operator.strength)
+        number = float(given)
     except (TypeError, ValueError):
-        strength = math.nan
-    if not math.isfinite(strength):
-        raise MedSteerError(f"{operator.name}: strength is {operator.strength!r}; a finite number was expected.")
-    object.__setattr__(operator, "strength", strength)
+        number = math.nan
+    if not math.isfinite(number):
+        raise MedSteerError(f"{operator.name}: {name} is {given!r}; a finite number was expected.")
+    object.__setattr__(operator, name, number)

@@ -24,6 +24,8 @@ class SiteDirections:
     centres: (S, C) the midpoint of the two class means
     projections: (S, 2, R) mean projection of [present, absent] on each direction
     spreads: (S, 2) root of the total within-class variance of the samples' token means, [present, absent]
+    readers, offsets: (S, R, C) and (S, R), or both None: `readers_i.a + offsets_i` is how far along direction i the
+        present prompt has moved the activation `a` from where the absent one would have it (see affine.py)
     """
 
     directions: Tensor
@@ -31,22 +33,37 @@ class SiteDirections:
     centres: Tensor
     projections: Tensor
     spreads: Tensor
+    readers: Tensor | None = None
+    offsets: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that it has, by name; readers and offsets come last."""
+        named = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
-SITE_FIELDS = tuple(entry.name for entry in fields(SiteDirections))
+READER_FIELDS = ("readers", "offsets")
+SITE_FIELDS = tuple(entry.name for entry in fields(SiteDirections) if entry.name not in READER_FIELDS)
 
 
 @dataclass(frozen=True, eq=False)
 class StepDirection:
-    """One site at one sigma: directions (R, C), gaps (R,), projections (2, R) of [present, absent]."""
+    """One site at one sigma: directions (R, C), gaps (R,), projections (2, R) of [present, absent].
+
+    readers (R, C) and offsets (R,) where the vector has them.
+    """
 
     directions: Tensor
     gaps: Tensor
     projections: Tensor
+    readers: Tensor | None = None
+    offsets: Tensor | None = None
 
     def cast(self, device: torch.device, dtype: torch.dtype) -> "StepDirection":
         """The same on another device and dtype. (Not `to`: ComfyUI calls that on whatever has it.)"""
-        return StepDirection(*(getattr(self, f.name).to(device=device, dtype=dtype) for f in fields(self)))
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        moved = {name: v if v is None else v.to(device=device, dtype=dtype) for name, v in values.items()}
+        return StepDirection(**moved)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +92,7 @@ class PathologyVector:
         if not self.sites:
             raise MedSteerError("A pathology vector needs at least one cross-attention site, and this one has none.")
         for name, site in self.sites.items():
-            _check_site(name, site, self.steps, self.rank)
+            _check_site(name, site, self.steps, self.rank, self.has_readers)
 
     @property
     def steps(self) -> int:
@@ -86,6 +103,11 @@ class PathologyVector:
     def rank(self) -> int:
         """Number of directions at each site and step, R."""
         return next(iter(self.sites.values())).gaps.shape[-1]
+
+    @property
+    def has_readers(self) -> bool:
+        """Whether the operator affine can use it: all sites have readers and offsets, or none has."""
+        return next(iter(self.sites.values())).readers is not None
 
     @property
     def site_names(self) -> tuple[str, ...]:
@@ -99,10 +121,16 @@ class PathologyVector:
     def at(self, site: str, sigma: float) -> StepDirection:
         """The directions at any sigma: interpolated between the recorded steps and renormalised.
 
-        A recorded sigma gives the recorded values bit by bit; beyond the ends the end stands.
+        A recorded sigma gives the recorded values bit by bit; beyond the ends the end stands. A vector with readers
+        gives the nearest recorded step (on the same scale): a blend of two bases is no basis, and what a reader reads
+        belongs to its own directions.
         """
         values = self._site(site)
         lo, hi, weight = interpolate_index(self.sigmas, sigma, self.flow)
+        if values.readers is not None:
+            near = lo if weight <= 0.5 else hi
+            taken = (values.directions, values.gaps, values.projections, values.readers, values.offsets)
+            return StepDirection(*(tensor[near] for tensor in taken))
         if weight == 0:
             return StepDirection(values.directions[lo], values.gaps[lo], values.projections[lo])
         return StepDirection(
@@ -116,7 +144,7 @@ class PathologyVector:
         digest = hashlib.sha256()
         header = {"sites": list(self.sites), "flow": self.flow, "provenance": self.provenance}
         _update(digest, canonical_json(header).encode())
-        for tensor in (self.sigmas, *(getattr(site, name) for site in self.sites.values() for name in SITE_FIELDS)):
+        for tensor in (self.sigmas, *(tensor for site in self.sites.values() for tensor in site.tensors().values())):
             _update(digest, repr(tuple(tensor.shape)).encode())
             _update(digest, tensor.detach().numpy().astype("<f4").tobytes())
         return digest.hexdigest()
@@ -174,7 +202,7 @@ def _check_sigmas(sigmas: Tensor) -> None:
         raise MedSteerError(f"sigmas must be positive and strictly descending; got {sigmas.tolist()}.")
 
 
-def _check_site(name: str, site: SiteDirections, steps: int, rank: int) -> None:
+def _check_site(name: str, site: SiteDirections, steps: int, rank: int, readers: bool) -> None:
     channels = site.directions.shape[-1] if site.directions.ndim else 0
     shapes = {
         "directions": (steps, rank, channels),
@@ -183,6 +211,14 @@ def _check_site(name: str, site: SiteDirections, steps: int, rank: int) -> None:
         "projections": (steps, 2, rank),
         "spreads": (steps, 2),
     }
+    if [site.readers is not None, site.offsets is not None] != [readers, readers]:
+        raise MedSteerError(
+            f"Site '{name}': readers and offsets go together, at every site or at none; here readers are "
+            f"{'missing' if site.readers is None else 'given'} and offsets "
+            f"{'missing' if site.offsets is None else 'given'}."
+        )
+    if readers:
+        shapes |= {"readers": (steps, rank, channels), "offsets": (steps, rank)}
     for entry, wanted in shapes.items():
         _check_tensor(f"Site '{name}': {entry}", getattr(site, entry), wanted)
     products = site.directions @ site.directions.transpose(-1, -2)

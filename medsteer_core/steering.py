@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .errors import MedSteerError
-from .operators import Operator, Step
+from .operators import Operator, Step, needs_same_state
 from .pathology_vector import PathologyVector, StepDirection
 from .schedule import SigmaWindow
 
@@ -36,6 +36,8 @@ class Steering:
             raise MedSteerError("rows is empty; write 'all', 'positive', 'negative' or the name of a conditioning.")
         for site in self.sites:
             self.vector.channels(site)  # raises for a site that the vector lacks
+        if self.operator.needs_readers and not self.vector.has_readers:
+            raise needs_same_state(self.operator.name)
 
     def acts_at(self, sigma: float) -> bool:
         """Whether anything can change at this noise level."""
@@ -194,13 +196,13 @@ def _cast_together(
     steps: Mapping[tuple[int, str], StepDirection], device: torch.device, dtype: torch.dtype
 ) -> dict[tuple[int, str], StepDirection]:
     """All steps on `device` in `dtype` by one transfer, instead of several small ones for each site."""
-    # Field by field, so that the directions, whose widths are multiples of 8, come first and stay aligned.
-    tensors = [getattr(step, name) for name in ("directions", "gaps", "projections") for step in steps.values()]
+    # Field by field, so that the fields whose widths are multiples of 8 come first and stay aligned.
+    order = ("directions", "readers", "gaps", "projections", "offsets")
+    places = [(key, name) for name in order for key, step in steps.items() if getattr(step, name) is not None]
+    tensors = [getattr(steps[key], name) for key, name in places]
     joined = torch.cat([tensor.reshape(-1) for tensor in tensors]).to(device=device, dtype=dtype)
-    parts = [
-        part.view(tensor.shape)
-        for part, tensor in zip(joined.split([tensor.numel() for tensor in tensors]), tensors, strict=True)
-    ]
-    count = len(steps)
-    grouped = zip(parts[:count], parts[count : 2 * count], parts[2 * count :], strict=True)
-    return {key: StepDirection(*values) for key, values in zip(steps, grouped, strict=True)}
+    parts = joined.split([tensor.numel() for tensor in tensors])
+    values: dict[tuple[int, str], dict[str, Tensor]] = {key: {} for key in steps}
+    for (key, name), part, tensor in zip(places, parts, tensors, strict=True):
+        values[key][name] = part.view(tensor.shape)
+    return {key: StepDirection(**found) for key, found in values.items()}

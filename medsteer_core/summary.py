@@ -12,17 +12,24 @@ def describe(vector: PathologyVector) -> str:
     pair = f"{texts.get('present') or 'present'} - {texts.get('absent') or 'absent'}"
     sizes = sorted({vector.channels(name) for name in vector.site_names})
     relative = {
-        name: float((site.gaps[:, 0] / site.spreads.mean(1).clamp_min(1e-12)).mean())
+        name: float((site.gaps.norm(dim=1) / site.spreads.mean(1).clamp_min(1e-12)).mean())
         for name, site in vector.sites.items()
     }
     best = max(relative, key=relative.__getitem__)
+    same_state = facts.get("noise") == "same state"
+    noise = f"{facts.get('samples', '?')} {facts.get('noise', '')} samples{'' if same_state else ' a prompt'}"
     lines = [
         f"{pair}  [{vector.short_hash()}]",
-        f"{facts.get('samples', '?')} {facts.get('noise', '')} samples a prompt, seed {facts.get('seed', '?')}, "
+        f"{noise}, seed {facts.get('seed', '?')}, "
         f"{facts.get('sampler', '?')}/{facts.get('scheduler', '')}, {vector.steps} levels, cfg {facts.get('cfg', '?')}",
         f"{len(vector.site_names)} sites of {', '.join(map(str, sizes))} channels, rank {vector.rank}",
         f"largest class gap: {relative[best]:.1f} x the spread within a class, at {best}",
     ]
+    if facts.get("explained") is not None:
+        lines.append(
+            f"affine: {facts['explained']:.0%} of the difference predicted at unseen images, "
+            f"from {facts.get('token_pairs', '?')} token pairs a site and level"
+        )
     if facts.get("degenerate"):
         lines.append(f"Warning: {facts['degenerate']} site-steps show no difference between the prompts.")
     return "\n".join(lines)

@@ -1,8 +1,11 @@
 """Pathology vectors as safetensors files: nothing in them can run, and every byte that matters is checked.
 
-Layout, version 1. Tensors: `sigmas`, and `<site>/<field>` for each site and each field of SiteDirections, all float32.
+Layout. Tensors: `sigmas`, and `<site>/<field>` for each site and each field of SiteDirections, all float32.
 Metadata: `format`, `version`, `sites` (JSON list in execution order), `flow` (JSON), `provenance` (JSON object) and
 `content_hash` (PathologyVector.content_hash).
+
+Version 2 has readers and offsets too, version 1 has none. A vector without readers is still written as version 1, which
+every MedSteer reads; a MedSteer that knows only version 1 refuses version 2 and says that it wants an update.
 """
 
 import json
@@ -17,10 +20,10 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from .errors import MedSteerError
-from .pathology_vector import SITE_FIELDS, PathologyVector, SiteDirections, canonical_json
+from .pathology_vector import READER_FIELDS, SITE_FIELDS, PathologyVector, SiteDirections, canonical_json
 
 FORMAT = "medsteer.pathology_vector"
-VERSION = 1
+FIELDS = {"1": SITE_FIELDS, "2": (*SITE_FIELDS, *READER_FIELDS)}  # by the file's version
 SUFFIX = ".safetensors"
 _ADVICE = "Choose a file that the node 'Save Pathology Vector' wrote, or extract the vector again."
 _SIGNATURES = (
@@ -89,7 +92,9 @@ def load(path: str | os.PathLike[str]) -> PathologyVector:
 
 
 def _tensors(vector: PathologyVector) -> dict[str, Tensor]:
-    named = {f"{site}/{name}": getattr(values, name) for site, values in vector.sites.items() for name in SITE_FIELDS}
+    named = {
+        f"{site}/{name}": tensor for site, values in vector.sites.items() for name, tensor in values.tensors().items()
+    }
     # Cloned: safetensors refuses tensors that share memory, such as two views of one.
     return {name: tensor.detach().clone().contiguous() for name, tensor in {"sigmas": vector.sigmas, **named}.items()}
 
@@ -97,7 +102,7 @@ def _tensors(vector: PathologyVector) -> dict[str, Tensor]:
 def _metadata(vector: PathologyVector) -> dict[str, str]:
     return {
         "format": FORMAT,
-        "version": str(VERSION),
+        "version": "2" if vector.has_readers else "1",
         "sites": json.dumps(vector.site_names),
         "flow": json.dumps(vector.flow),
         "provenance": canonical_json(vector.provenance),
@@ -114,21 +119,22 @@ def _check_header(path: Path, metadata: dict[str, str], names: list[str]) -> dic
             f"format is {metadata.get('format')!r}; {FORMAT!r} was expected. {_ADVICE}"
         )
     version = metadata.get("version", "")
-    if version != str(VERSION):
-        newer = version.isdecimal() and int(version[:9]) > VERSION
+    if version not in FIELDS:
+        newer = version.isdecimal() and int(version[:9]) > len(FIELDS)
         advice = "Update MedSteer to read it." if newer else _ADVICE
         raise MedSteerError(
-            f"'{path}' is a pathology vector of format version {version!r}; this MedSteer reads version {VERSION}. "
-            f"{advice}"
+            f"'{path}' is a pathology vector of format version {version!r}; this MedSteer reads versions "
+            f"{' and '.join(FIELDS)}. {advice}"
         )
     try:
         parsed = {key: json.loads(metadata[key]) for key in ("sites", "flow", "provenance")}
         parsed["content_hash"] = metadata["content_hash"]
+        parsed["fields"] = FIELDS[version]
     except (KeyError, ValueError, RecursionError) as error:
         raise MedSteerError(f"'{path}' is a pathology vector with a damaged header ({error!r}). {_ADVICE}") from error
     if not _types_fit(parsed):
         raise MedSteerError(f"'{path}' is a pathology vector with a damaged header (wrong types). {_ADVICE}")
-    wanted = {"sigmas", *(f"{site}/{name}" for site in parsed["sites"] for name in SITE_FIELDS)}
+    wanted = {"sigmas", *(f"{site}/{name}" for site in parsed["sites"] for name in parsed["fields"])}
     if wanted != set(names):
         missing, extra = sorted(wanted - set(names))[:3], sorted(set(names) - wanted)[:3]
         raise MedSteerError(
@@ -153,7 +159,8 @@ def _assemble(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> Pathology
         if tensor.dtype != torch.float32:
             raise MedSteerError(f"Tensor '{name}' is {tensor.dtype}; torch.float32 was expected.")
     sites = {
-        site: SiteDirections(**{name: tensors[f"{site}/{name}"] for name in SITE_FIELDS}) for site in metadata["sites"]
+        site: SiteDirections(**{name: tensors[f"{site}/{name}"] for name in metadata["fields"]})
+        for site in metadata["sites"]
     }
     return PathologyVector(sites, tensors["sigmas"], metadata["provenance"], metadata["flow"])
 

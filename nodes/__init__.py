@@ -2,6 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from ..medsteer_core.host.embedded import register_vae
 from ..medsteer_core.host.vector_folder import register_folder
 from .counterfactual import CounterfactualCompare
 from .extract import ExtractPathologyVector
@@ -25,6 +26,7 @@ class MedSteerExtension(ComfyExtension):
 
     async def on_load(self) -> None:
         register_folder()
+        register_vae()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES

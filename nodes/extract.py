@@ -71,12 +71,23 @@ class ExtractPathologyVector(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "noise",
-                    options=[extraction.PAIRED, extraction.UNPAIRED],
+                    options=[extraction.PAIRED, extraction.UNPAIRED, extraction.SAME_STATE],
                     default=extraction.PAIRED,
-                    tooltip="paired: both prompts start from the same noise. unpaired: from other noise (the paper).",
+                    tooltip=(
+                        "paired: both prompts start from the same noise. unpaired: from other noise (the paper). "
+                        "same state: both prompts at every state, for the operator affine."
+                    ),
                 ),
                 io.Sampler.Input("sampler", optional=True, tooltip="Overrides sampler_name."),
                 io.Sigmas.Input("sigmas", optional=True, tooltip="Overrides scheduler and steps."),
+                io.Int.Input(
+                    "rank",
+                    default=8,
+                    min=1,
+                    max=64,
+                    optional=True,
+                    tooltip="Only for noise 'same state': how many directions a block and step have.",
+                ),
             ],
             outputs=[
                 Vector.Output("vector", tooltip="The pathology vector, for Steer and Save Pathology Vector."),
@@ -103,6 +114,7 @@ class ExtractPathologyVector(io.ComfyNode):
         noise,
         sampler=None,
         sigmas=None,
+        rank=8,
     ) -> io.NodeOutput:
         request = extraction.Request(
             present=present,
@@ -115,6 +127,7 @@ class ExtractPathologyVector(io.ComfyNode):
             noise=noise,
             schedule=sampling.schedule(model, steps, sampler_name, scheduler, sampler, sigmas),
             texts={name: prompt_text(cls.hidden.prompt, cls.hidden.unique_id, name) for name in PROMPTS},
+            rank=rank,
         )
         vector = extraction.extract(model, request)
         summary = describe(vector)

@@ -61,8 +61,33 @@ class Steer(io.ComfyNode):
                                 _keep_norm(False),
                             ],
                         ),
+                        io.DynamicCombo.Option(
+                            "affine",
+                            [
+                                _strength(
+                                    1.0,
+                                    "0 changes nothing, 1 gives what the absent prompt would, beyond exaggerates. "
+                                    "Wants a vector with noise 'same state'; rows positive suits it best.",
+                                ),
+                                io.Float.Input(
+                                    "focus",
+                                    default=0.0,
+                                    min=0.0,
+                                    max=10.0,
+                                    step=0.1,
+                                    tooltip=(
+                                        "0 steers every token. Higher spares those in which little would change; 2 "
+                                        "suits a focal finding, with a higher strength."
+                                    ),
+                                ),
+                                _keep_norm(False),
+                            ],
+                        ),
                     ],
-                    tooltip="suppress: take the finding away. ablate: project it out. add: push toward a class.",
+                    tooltip=(
+                        "suppress: take the finding away. ablate: project it out. add: push toward a class. affine: "
+                        "replace, token by token, what the finding's prompt put in."
+                    ),
                 ),
                 io.Float.Input(
                     "start_percent",

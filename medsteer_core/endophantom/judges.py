@@ -1,7 +1,9 @@
-"""The judges: a classifier of the eight classes with a ninth answer, "none of these", and a segmenter of the findings.
+"""The judges: a classifier of the eight classes with a ninth answer, "none of these"; a segmenter of the findings; a
+regressor of the anatomy; and a distance that tells what is unlike any render, whatever class it is given.
 
-Both are trained on renders only, never on generated images (`train/judges.py`). They look at 64x64 pixels: any image is
-resized. Truth is known for renders alone; on generated images their answers are a judge's opinion.
+All are trained on renders only, never on generated images (`train/judges.py`). They look at 64x64 pixels: any image is
+resized. Truth (class, masks, anatomy) is known for renders alone: the judges' errors are measured on those, as they
+are and passed through the autoencoder. Of generated images no truth is known; there they have judges only.
 """
 
 from __future__ import annotations
@@ -18,6 +20,29 @@ from .phantom import CLASSES, FINDINGS
 NONE = "none of these"
 LABELS: tuple[str, ...] = (*CLASSES, NONE)
 SIZE = 64
+# The anatomy's factors that could show in any class. Site and tint are left out: they are the finding's own.
+# The roll shows as the turn of a triangle, which is alike after a third of a turn.
+FACTORS: tuple[str, ...] = (
+    "lumen_centre_x",
+    "lumen_centre_y",
+    "lumen_radius",
+    "fold_count",
+    "fold_spacing",
+    "fold_depth",
+    "fold_triangularity",
+    "roll_sin3",
+    "roll_cos3",
+    "hue",
+    "saturation",
+    "mottle",
+    "vessels",
+    "moisture",
+    "light_x",
+    "light_y",
+    "gain",
+    "vignette",
+    "octagon",
+)
 
 
 class _Block(nn.Module):
@@ -77,12 +102,84 @@ class Segmenter(nn.Module):
         return self.head(x)
 
 
+class Regressor(nn.Module):
+    """``forward(images (batch, 3, 64, 64) in 0..1) -> factors (batch, len(FACTORS))``, each in its own unit.
+
+    The buffers are set in training: the factors' ``mean`` and ``spread``, the held-out ``error`` of each (RMSE, its
+    own unit) and which are ``kept``: those that the regressor does tell from a render.
+    """
+
+    mean: Tensor
+    spread: Tensor
+    error: Tensor
+    kept: Tensor
+
+    def __init__(self, widths: Sequence[int] = (24, 40, 64, 64)):
+        super().__init__()
+        self.stem = nn.Conv2d(3, widths[0], 5, stride=2, padding=2)
+        self.body = nn.Sequential(*(_Block(a, b, 2) for a, b in zip(widths, widths[1:], strict=False)))
+        # not pooled: where things are is what is asked
+        self.head = nn.Linear(widths[-1] * (SIZE >> len(widths)) ** 2, len(FACTORS))
+        self.register_buffer("mean", torch.zeros(len(FACTORS)))
+        self.register_buffer("spread", torch.ones(len(FACTORS)))
+        self.register_buffer("error", torch.ones(len(FACTORS)))
+        self.register_buffer("kept", torch.ones(len(FACTORS), dtype=torch.bool))
+
+    @property
+    def factors(self) -> tuple[str, ...]:
+        """Names of the kept factors: the columns of `in_errors`."""
+        return tuple(name for name, kept in zip(FACTORS, self.kept.tolist(), strict=True) if kept)
+
+    def maps(self, images: Tensor) -> Tensor:
+        """Feature maps ``(batch, width, 4, 4)``."""
+        return self.body(F.silu(self.stem(images * 2 - 1)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.maps(images).flatten(1)) * self.spread + self.mean
+
+    def in_errors(self, images: Tensor) -> Tensor:
+        """The kept factors ``(batch, kept)``, each in units of its held-out error."""
+        return (self(images) / self.error)[:, self.kept]
+
+
+class Distance(nn.Module):
+    """How far features lie from those of renders: Mahalanobis distance to the nearest class (Lee et al., 2018).
+
+    ``forward(features (batch, features)) -> (batch,)`` in units of ``limit``, the 99th percentile of held-out renders.
+    The buffers are fitted in training: the classes' ``means (classes, features)`` and ``whitening (features,
+    features)``, by which the covariance that the classes share becomes the identity.
+    """
+
+    means: Tensor
+    whitening: Tensor
+    limit: Tensor
+
+    def __init__(self, features: int, classes: int = len(CLASSES)):
+        super().__init__()
+        self.register_buffer("means", torch.zeros(classes, features))
+        self.register_buffer("whitening", torch.eye(features))
+        self.register_buffer("limit", torch.ones(()))
+
+    def forward(self, features: Tensor) -> Tensor:
+        white, centres = features @ self.whitening, self.means @ self.whitening
+        return torch.cdist(white, centres, compute_mode="donot_use_mm_for_euclid_dist").amin(1) / self.limit
+
+
 @dataclass(frozen=True)
 class Verdict:
-    """What the judges say of a batch: ``probabilities (batch, 9)`` and finding ``masks (batch, findings, H, W)``."""
+    """What the judges say of a batch.
+
+    ``probabilities (batch, 9)`` in the order of `LABELS`; finding ``masks (batch, findings, H, W)``; ``distances
+    (batch,)`` from renders, where above 1 lies the furthest hundredth of held-out renders; ``anatomy (batch,
+    factors)``, the regressed factors in units of their held-out error, so that the mean absolute difference of two
+    rows is a drift in errors. For renders these can be checked against the truth; for generated images they are all
+    that is known.
+    """
 
     probabilities: Tensor
     masks: Tensor
+    distances: Tensor
+    anatomy: Tensor
 
     @property
     def labels(self) -> list[str]:
@@ -98,10 +195,16 @@ class Verdict:
 
 
 class Judges:
-    """Classifier and segmenter together, from the bundle's tensors (`bundle.load_judges`)."""
+    """The four judges together, from the bundle's tensors (`Bundle.judges`)."""
 
-    def __init__(self, classifier: Classifier, segmenter: Segmenter):
+    def __init__(self, classifier: Classifier, segmenter: Segmenter, regressor: Regressor, distance: Distance):
         self.classifier, self.segmenter = classifier.eval(), segmenter.eval()
+        self.regressor, self.distance = regressor.eval(), distance.eval()
+
+    @property
+    def factors(self) -> tuple[str, ...]:
+        """Names of the columns of `Verdict.anatomy`."""
+        return self.regressor.factors
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Verdict:
@@ -109,10 +212,11 @@ class Judges:
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"judges want images of shape (batch, 3, height, width), got {tuple(images.shape)}")
         small = resize(images.float().clamp(0, 1))
-        probabilities = self.classifier(small).softmax(1)
+        features = self.classifier.features(small)
+        probabilities = self.classifier.head(features).softmax(1)
         soft = self.segmenter(small).sigmoid()
         masks = F.interpolate(soft, size=images.shape[-2:], mode="bilinear", align_corners=False) > 0.5
-        return Verdict(probabilities, masks)
+        return Verdict(probabilities, masks, self.distance(features), self.regressor.in_errors(small))
 
 
 def resize(images: Tensor) -> Tensor:

@@ -12,13 +12,14 @@ import comfy.model_patcher
 import comfy.sd
 import comfy.supported_models
 import comfy.supported_models_base
+import folder_paths
 import torch
 from comfy.sd1_clip import escape_important, token_weights, unescape_important
 from torch import Tensor, nn
 
 from ..endophantom import text
-from ..endophantom.autoencoder import PATCH, PatchAutoencoder
-from ..endophantom.bundle import Bundle
+from ..endophantom.autoencoder import PATCH
+from ..endophantom.bundle import VAE_PATH, Bundle
 from .pixart import allow_any_size
 
 CONFIG_KEYS = ("in_channels", "patch_size", "hidden_size", "depth", "num_heads", "caption_channels",
@@ -36,11 +37,10 @@ class EndoPhantomLatent(comfy.latent_formats.LatentFormat):
 
     spacial_downscale_ratio = PATCH
 
-    def __init__(self, autoencoder: dict[str, Tensor]):
-        linear = autoencoder["linear.weight"].sum((2, 3)).view(3, PATCH * PATCH, -1).mean(1)
-        self.latent_channels = linear.shape[1]
-        self.latent_rgb_factors = linear.T.tolist()
-        self.latent_rgb_factors_bias = autoencoder["linear.bias"].view(3, -1).mean(1).tolist()
+    def __init__(self, channels: int, preview: dict[str, list]):
+        self.latent_channels = channels
+        self.latent_rgb_factors = preview["factors"]
+        self.latent_rgb_factors_bias = preview["bias"]
 
 
 class _PixArt(comfy.supported_models.PixArtAlpha):
@@ -59,7 +59,7 @@ def load_model(disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatche
     sizes = {key: bundle.recipe["generator"][key] for key in CONFIG_KEYS}
     # The config is not detected: ComfyUI's detection knows one width (1152) and four channels.
     config = _PixArt({**sizes, "micro_condition": False, "pred_sigma": False, "learn_sigma": False})
-    config.latent_format = EndoPhantomLatent(bundle.part("autoencoder"))
+    config.latent_format = EndoPhantomLatent(sizes["in_channels"], bundle.recipe["autoencoder"]["preview"])
     device = comfy.model_management.get_torch_device()
     offload = comfy.model_management.unet_offload_device()
     config.set_inference_dtype(torch.float32, None, device=device)
@@ -140,30 +140,17 @@ def _load_clip_patcher(disable_dynamic: bool = False) -> comfy.model_patcher.Mod
     return load_clip(disable_dynamic).patcher
 
 
-class EndoPhantomVAE(comfy.sd.VAE):
-    """ComfyUI's VAE around the bundle's autoencoder."""
-
-    def __init__(self, state: dict[str, Tensor]):
-        super().__init__(sd={"pixel_space_vae": torch.tensor(1.0)}, dtype=torch.float32)  # a plain 2-D VAE's fields
-        network = PatchAutoencoder(state["encoder.weight"].shape[0])
-        network.load_state_dict(state)
-        self.first_stage_model = network.eval().requires_grad_(False).to(self.vae_dtype)
-        self.downscale_ratio = self.upscale_ratio = PATCH
-        self.latent_channels = network.channels
-        self.memory_used_encode = lambda shape, dtype: 32 * shape[-1] * shape[-2] * 4
-        self.memory_used_decode = lambda shape, dtype: 2048 * shape[-1] * shape[-2] * 4
-        comfy.model_management.archive_model_dtypes(self.first_stage_model)
-        offload = comfy.model_management.vae_offload_device()
-        self.patcher = comfy.model_patcher.ModelPatcher(network, load_device=self.device, offload_device=offload)
-        self.size = comfy.model_management.module_size(network)
-
-
 def load_vae() -> comfy.sd.VAE:
-    """The autoencoder as a VAE object: 8x, as many channels as the bundle's."""
-    vae = EndoPhantomVAE(Bundle().part("autoencoder"))
+    """The autoencoder as a VAE, by ComfyUI's own TAESD; core's Load VAE gives the same from the same file."""
+    vae = comfy.sd.VAE(sd=Bundle().autoencoder(), dtype=torch.float32)
     vae.patcher.cached_patcher_init = (_load_vae_patcher, ())
     return vae
 
 
 def _load_vae_patcher(disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
     return load_vae().patcher
+
+
+def register_vae() -> None:
+    """Let core's Load VAE list EndoPhantom's autoencoder."""
+    folder_paths.add_model_folder_path("vae", str(VAE_PATH.parent))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,16 +14,20 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
+from ..affine import affine_map
 from ..capture import ActivationSums, SigmaStatistics
 from ..errors import MedSteerError
 from ..estimators import mean_difference
 from ..pathology_vector import PathologyVector
+from ..token_pairs import SIDES, PairedActivations, pairs_that_fit
 from . import sampling
 from .fingerprint import fingerprint
-from .patch import observed, plan_of
+from .patch import observed, output_width, plan_of
 from .sampling import Schedule
+from .sites import find_sites
 
-PAIRED, UNPAIRED = "paired", "unpaired"
+PAIRED, UNPAIRED, SAME_STATE = "paired", "unpaired", "same state"
+UNKNOWN_WIDTH = 4096  # what a site is reckoned with whose class does not say its width
 SEEDS = (1 << 64) - 1  # stochastic samplers on the CPU add 1, and torch takes nothing from 2**64 on
 
 
@@ -41,33 +45,38 @@ class Request:
     noise: str
     schedule: Schedule
     texts: Mapping[str, str | None] = field(default_factory=dict)  # the prompts' texts, where known
+    rank: int = 8  # directions a site and step, with noise "same state"; otherwise there is one
 
 
 def extract(model: ModelPatcher, request: Request) -> PathologyVector:
-    """A pathology vector by the difference of class means (arXiv 2603.07066), with full provenance.
+    """A pathology vector with full provenance.
 
-    Each prompt is sampled ``samples`` times. With ``paired`` noise image i of both prompts starts from the same noise;
-    with ``unpaired`` the absent prompt takes the next ``samples`` noises of the seed. Progress counts samples x steps.
+    By the difference of class means (arXiv 2603.07066): each prompt is sampled ``samples`` times. With ``paired`` noise
+    image i of both prompts starts from the same noise; with ``unpaired`` the absent prompt takes the next ``samples``
+    noises of the seed. With noise ``same state`` by regression instead (affine.py): ``samples`` images in all, half of
+    each prompt, and at every state of theirs the other prompt is evaluated too. Progress counts samples x steps.
     """
     if len(request.latent["samples"]) != 1:
         raise MedSteerError(
             f"latent_image has a batch of {len(request.latent['samples'])}; a batch of 1 was expected, since only its "
             "shape counts here. Set batch_size to 1 and use `samples` instead."
         )
-    if request.noise not in (PAIRED, UNPAIRED):
-        raise MedSteerError(f"noise is '{request.noise}'; 'paired' or 'unpaired' was expected.")
+    if request.noise not in (PAIRED, UNPAIRED, SAME_STATE):
+        raise MedSteerError(f"noise is '{request.noise}'; 'paired', 'unpaired' or 'same state' was expected.")
     if _same(request.present, request.absent):
         raise MedSteerError(
             "The prompts 'present' and 'absent' are the same, so there is no direction between them. Give two "
             "different prompts, one with the finding and one without it; if their texts do differ, the text encoder "
             "does not know the words."
         )
+    if request.noise == SAME_STATE:
+        return _extract_same_state(model, request)
     offset = 0 if request.noise == PAIRED else request.samples
     total = 2 * request.samples * request.schedule.steps
     report = _Progress(model, total)
     present = _statistics(model, request.present, request, 0, report)
     absent = _statistics(model, request.absent, request, offset, report)
-    provenance = _provenance(model, request, offset)
+    provenance = _provenance(model, request, range(request.samples), range(offset, offset + request.samples))
     return mean_difference(present, absent, provenance, flow=sampling.is_flow(model))
 
 
@@ -91,21 +100,48 @@ class _Progress:
 def _statistics(
     model: ModelPatcher, positive: list, request: Request, first: int, report: _Progress
 ) -> dict[str, SigmaStatistics]:
-    latent = sampling.empty_latent(model, request.latent)
-    batch = sampling.batch_that_fits(model, latent, request.samples)
     sums = ActivationSums()
     watched = observed(model, sums)
-    for start in range(0, request.samples, batch):
-        size = min(batch, request.samples - start)
-        noise = sampling.noise_for(latent, request.seed, range(first + start, first + start + size))
-        callback = report.for_batch(size)
-        # Stochastic samplers draw their own noise from the seed: another batch gets another one.
-        seed = (request.seed + first + start) % SEEDS
+    for images, noise, seed in _batches(model, request, range(first, first + request.samples)):
+        callback = report.for_batch(len(images))
         sampling.sample(watched, positive, request.negative, noise, request.schedule, request.cfg, seed, callback)
     return sums.statistics()
 
 
-def _provenance(model: ModelPatcher, request: Request, offset: int) -> dict[str, Any]:
+def _extract_same_state(model: ModelPatcher, request: Request) -> PathologyVector:
+    """Both prompts at every state of both prompts' trajectories: a counterfactual passes through both kinds."""
+    if request.rank < 1:
+        raise MedSteerError(f"rank is {request.rank}; 1 or more was expected.")
+    prompts = dict(zip(SIDES, (request.present, request.absent), strict=True))
+    half = (request.samples + 1) // 2
+    images_of = dict(zip(SIDES, (range(half), range(half, request.samples)), strict=True))
+    widths = [output_width(site) or UNKNOWN_WIDTH for site in find_sites(model.model.diffusion_model).values()]
+    seen = PairedActivations(pairs_that_fit(widths, request.schedule.steps))
+    report = _Progress(model, request.samples * request.schedule.steps)
+    for followed, beside in (SIDES, SIDES[::-1]):
+        watched = observed(observed(model, seen.side(followed)), seen.side(beside), sampling.OTHER)
+        for images, noise, seed in _batches(model, request, images_of[followed]):
+            seen.begin(images)
+            sampling.sample_beside(
+                watched, prompts[followed], request.negative, prompts[beside], noise, request.schedule, request.cfg,
+                seed, report.for_batch(len(images)),
+            )  # fmt: skip
+    means = [seen.statistics(side) for side in SIDES]
+    provenance = _provenance(model, request, *images_of.values())
+    return affine_map(seen.pairs(), *means, request.rank, provenance, flow=sampling.is_flow(model))
+
+
+def _batches(model: ModelPatcher, request: Request, images: range) -> Iterator[tuple[range, Tensor, int]]:
+    """The images in batches that fit, each with its noise and a seed for samplers that draw noise of their own."""
+    latent = sampling.empty_latent(model, request.latent)
+    size = sampling.batch_that_fits(model, latent, len(images))
+    for start in range(0, len(images), size):
+        part = images[start : start + size]
+        # Another batch gets another seed, or it would draw the same noise.
+        yield part, sampling.noise_for(latent, request.seed, part), (request.seed + part.start) % SEEDS
+
+
+def _provenance(model: ModelPatcher, request: Request, present: range, absent: range) -> dict[str, Any]:
     plan, samples = request.schedule, request.samples
     return {
         "model": fingerprint(model),
@@ -116,7 +152,7 @@ def _provenance(model: ModelPatcher, request: Request, offset: int) -> dict[str,
         "seed": request.seed,
         "samples": samples,
         "noise": request.noise,
-        "noise_indices": {"present": [0, samples], "absent": [offset, offset + samples]},
+        "noise_indices": {"present": [present.start, present.stop], "absent": [absent.start, absent.stop]},
         "latent_shape": list(sampling.empty_latent(model, request.latent).shape),
         "sampler": plan.sampler_name,
         "scheduler": plan.scheduler,

@@ -24,11 +24,11 @@ from .rows import INDEX_NAMES, names_of_indices, names_of_uuids, row_finder
 from .sites import find_sites
 
 KEY = "medsteer"
-_PLAN, _OBSERVER, _RUN = "medsteer_plan", "medsteer_observer", "medsteer_run"
+_PLAN, _OBSERVERS, _RUN = "medsteer_plan", "medsteer_observers", "medsteer_run"
 
 
 class Observer(Protocol):
-    """What a capture gives: called with the rows of the positive conditioning only."""
+    """What a capture gives: called with the rows of one conditioning only, those that `observed` names."""
 
     def observe(self, site: str, sigma: float, activation: Tensor) -> None: ...
 
@@ -58,10 +58,14 @@ def steered(model: ModelPatcher, steering: Steering) -> ModelPatcher:
     return _with(model, _PLAN, options.get(_PLAN, SteeringPlan()).then(steering))
 
 
-def observed(model: ModelPatcher, observer: Observer) -> ModelPatcher:
-    """A clone of ``model`` that shows every site's output (after its steering, if any) to ``observer``."""
+def observed(model: ModelPatcher, observer: Observer, rows: str = "positive") -> ModelPatcher:
+    """A clone of ``model`` that shows every site's output (after its steering, if any) to ``observer``.
+
+    It sees the rows of the conditioning ``rows``; observers of other rows stay.
+    """
     find_sites(model.model.diffusion_model)
-    return _with(model, _OBSERVER, observer)
+    others = model.model_options.get("transformer_options", {}).get(_OBSERVERS, {})
+    return _with(model, _OBSERVERS, {**others, rows: observer})
 
 
 def plan_of(model: ModelPatcher) -> SteeringPlan:
@@ -153,9 +157,9 @@ def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, 
     base_model = executor.class_obj
     sigmas = options.get("sigmas")
     sigma = float(t.max() if sigmas is None else sigmas.max())
-    observer = options.get(_OBSERVER) if sigma > 0 else None
+    observers: dict[str, Observer] = options.get(_OBSERVERS, {}) if sigma > 0 else {}
     active = run.prepared.prepare(sigma, base_model.get_dtype_inference(), x.device) if sigma > 0 else ()
-    if not active and observer is None:
+    if not active and not observers:
         return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
     sites = run.sites(base_model.diffusion_model)
     rows = row_finder(x.shape[0], options, run.uuid_names, run.index_names)
@@ -163,12 +167,12 @@ def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, 
     def visit(name: str, output: Tensor) -> Tensor:
         if name in active:
             output = run.prepared.apply(name, output, rows)
-        if observer is not None:
-            for start, stop in rows("positive"):
+        for cond, observer in observers.items():
+            for start, stop in rows(cond):
                 observer.observe(name, sigma, output[start:stop])
         return output
 
-    hooked = {name: sites[name] for name in (active if observer is None else sites)}
+    hooked = {name: sites[name] for name in (sites if observers else active)}
     with _uncompiled(options), _hooks(hooked, visit):
         return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 

@@ -19,6 +19,7 @@ from ..schedule import SigmaWindow, check_percent
 
 SAMPLERS: list[str] = comfy.samplers.SAMPLER_NAMES
 SCHEDULERS: list[str] = comfy.samplers.SCHEDULER_NAMES
+OTHER = "other"  # the conditioning that `sample_beside` evaluates beside its run
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,11 +97,63 @@ def sample(
     callback: Callable[[int, Tensor, Tensor, int], None] | None = None,
 ) -> Tensor:
     """One run from ``noise (batch, C, H, W)`` on an empty latent; returns latents ``(batch, C, H, W)``."""
+    return resample(model, positive, negative, torch.zeros_like(noise), noise, plan, cfg, seed, callback)
+
+
+def resample(
+    model: ModelPatcher,
+    positive: list,
+    negative: list,
+    latents: Tensor,
+    noise: Tensor,
+    plan: Schedule,
+    cfg: float,
+    seed: int,
+    callback: Callable[[int, Tensor, Tensor, int], None] | None = None,
+) -> Tensor:
+    """One run from ``latents`` with ``noise`` (both ``(batch, C, H, W)``) added at the plan's first sigma.
+
+    Zero noise goes on from latents that have theirs already; rising sigmas, with cfg 1, invert an image into noise.
+    """
     comfy.model_management.throw_exception_if_processing_interrupted()
     return comfy.sample.sample_custom(
-        model, noise, cfg, plan.sampler, plan.sigmas, positive, negative, torch.zeros_like(noise), seed=seed,
-        callback=callback, disable_pbar=True,
+        model, noise, cfg, plan.sampler, plan.sigmas, positive, negative, latents, seed=seed, callback=callback,
+        disable_pbar=True,
     )  # fmt: skip
+
+
+class _Bystander(comfy.samplers.CFGGuider):
+    """Classifier-free guidance that also evaluates a conditioning "other" at every state, and makes no use of it."""
+
+    def predict_noise(self, x: Tensor, timestep: Tensor, model_options: dict | None = None, seed: int | None = None):
+        options = model_options or {}
+        result = super().predict_noise(x, timestep, options, seed)
+        # In calls of its own, so that the run itself stays what it is bit by bit.
+        comfy.samplers.calc_cond_batch(self.inner_model, [self.conds[OTHER]], x, timestep, options)
+        return result
+
+
+def sample_beside(
+    model: ModelPatcher,
+    positive: list,
+    negative: list,
+    other: list,
+    noise: Tensor,
+    plan: Schedule,
+    cfg: float,
+    seed: int,
+    callback: Callable[[int, Tensor, Tensor, int], None] | None = None,
+) -> Tensor:
+    """`sample`, bit by bit, while ``other`` is evaluated at every state as well: its rows are called `OTHER`."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+    guider = _Bystander(model)
+    guider.inner_set_conds({"positive": positive, "negative": negative, OTHER: other})
+    guider.set_cfg(cfg)
+    result = guider.sample(
+        noise, torch.zeros_like(noise), plan.sampler, plan.sigmas, callback=callback, disable_pbar=True, seed=seed
+    )
+    management = comfy.model_management
+    return result.to(device=management.intermediate_device(), dtype=management.intermediate_dtype())
 
 
 def batch_that_fits(model: ModelPatcher, latent: Tensor, wanted: int, most: int = 16) -> int:

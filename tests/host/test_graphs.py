@@ -19,7 +19,7 @@ SCHEMA = {
     "MedSteer_LoadDiT": (["model_name", "weight_dtype"], ["MODEL"]),
     "MedSteer_ExtractPathologyVector": (
         ["model", "present", "absent", "negative", "latent_image", "samples", "seed", "steps", "cfg", "sampler_name",
-         "scheduler", "noise", "sampler", "sigmas"],
+         "scheduler", "noise", "sampler", "sigmas", "rank"],
         ["MEDSTEER_VECTOR", "STRING"],
     ),
     "MedSteer_SavePathologyVector": (["vector", "filename_prefix"], ["STRING"]),
@@ -74,6 +74,8 @@ def test_every_node_stands_in_object_info_with_the_inputs_and_outputs_that_were_
         assert [*found.get("required", {}), *found.get("optional", {})] == inputs, name
         assert info[name]["output"] == outputs, name
         assert info[name]["description"] and info[name]["category"].startswith("MedSteer")
+    (vae_names, *_), *_ = info["VAELoader"]["input"]["required"].values()
+    assert "endophantom_vae.safetensors" in vae_names
 
 
 def test_the_example_workflow_removes_the_polyp_and_keeps_the_anatomy(comfy):

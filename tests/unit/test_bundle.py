@@ -11,9 +11,9 @@ from medsteer_core.errors import MedSteerError
 BUNDLE = bundle.Bundle()
 
 
-def test_the_file_is_under_18_mb_and_its_judges_under_3():
-    assert BUNDLE.path.stat().st_size < 18_000_000
-    judges = [BUNDLE.part(name) for name in ("classifier", "segmenter")]
+def test_both_files_are_under_18_mb_and_the_judges_under_3():
+    assert BUNDLE.path.stat().st_size + BUNDLE.vae_path.stat().st_size < 18_000_000
+    judges = [BUNDLE.part(name) for name in ("classifier", "segmenter", "regressor", "distance")]
     assert sum(2 * value.numel() for part in judges for value in part.values()) < 3_000_000  # stored in half precision
 
 

@@ -69,6 +69,7 @@ def test_a_file_is_written_whole_and_leaves_nothing_beside_it(tmp_path):
 def test_the_table_has_a_line_for_each_number():
     report = {"prompts": {"Present": "polyps"}, "seed": 3, "operator": "suppress", "strength": 2.0}
     report["scores"] = {"ssim": 0.51236, "source_probability": [0.9, 0.1], "psnr": None}
+    report["scores"] |= {"misses": ["label", "mask"], "anatomy_drifts": [0.1, 0.2, 0.3]}
     report["seconds"] = {"nodes": {"Sample": 1.5, "Paint": 0.001}, "total": 2.0}
     assert demo.table(report).splitlines() == [
         "  prompts.Present            polyps",
@@ -78,16 +79,25 @@ def test_the_table_has_a_line_for_each_number():
         "  scores.ssim                0.512",
         "  scores.source_probability  0.900 -> 0.100",
         "  scores.psnr                None",
+        "  scores.misses              label, mask",
         "  seconds.nodes.Sample       1.500",
         "  seconds.total              2.000",
     ]
 
 
 def test_a_pair_that_did_not_flip_is_never_reported_as_a_success():
-    labels = {"factual_label": "polyps", "counterfactual_label": "normal cecum"}
-    assert demo.verdict({**labels, "accepted": True, "flipped": True}).endswith("the finding is gone.")
-    assert demo.verdict({**labels, "accepted": True, "flipped": False}).startswith("WARNING")
-    assert "no finding to remove" in demo.verdict({**labels, "accepted": False, "flipped": False})
+    good = {"source": "polyps", "factual_label": "polyps", "counterfactual_label": "normal cecum"}
+    good |= {"accepted": True, "flipped": True, "misses": []}
+    assert demo.verdict(good).endswith("the pair is flipped.")
+    missed = demo.verdict({**good, "flipped": False, "misses": ["finding left", "distance"]})
+    assert missed.startswith("WARNING") and "not flipped (finding left, distance)" in missed
+
+
+def test_a_factual_that_is_not_accepted_is_never_reported_as_a_success():
+    other = {"source": "polyps", "factual_label": "normal cecum", "counterfactual_label": "normal cecum"}
+    other |= {"accepted": False, "flipped": True, "misses": []}
+    assert "WARNING" in demo.verdict(other) and "not of polyps" in demo.verdict(other)
+    assert "unlike any render" in demo.verdict({**other, "factual_label": "polyps"})
 
 
 def test_a_terminal_sees_one_line_and_a_log_one_for_each_node(capsys):

@@ -7,7 +7,19 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from medsteer_core.errors import MedSteerError
-from medsteer_core.operators import OPERATORS, Ablate, Add, Operator, Suppress, ablate, add, make_operator, suppress
+from medsteer_core.operators import (
+    OPERATORS,
+    Ablate,
+    Add,
+    Affine,
+    Operator,
+    Suppress,
+    ablate,
+    add,
+    affine,
+    make_operator,
+    suppress,
+)
 
 X = torch.tensor([[1.0, 0.0, 0.0]])  # one direction, rank 1
 XY = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])  # two, rank 2
@@ -66,6 +78,83 @@ def test_add_measures_its_strength_in_class_gaps():
     step = SimpleNamespace(directions=X, gaps=torch.tensor([4.0]))
     close(Add(0.5, "present")(A, step), [[[5.0, 4.0, 0.0], [-1.0, 4.0, 0.0]]])
     close(Add(0.5, "absent")(A, step), [[[1.0, 4.0, 0.0], [-5.0, 4.0, 0.0]]])
+
+
+READERS, OFFSETS = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.5, 2.0]]), torch.tensor([-2.0, 1.0])
+
+
+def test_affine_takes_each_token_what_is_read_from_it():
+    # (3, 4, 0) reads 3 + 4 - 2 = 5 along x and 2 + 1 = 3 along y; (-3, 4, 0) reads -1 and 3.
+    close(affine(A, XY, READERS, OFFSETS, 1.0, 0.0, keep_norm=False), [[[-2.0, 1.0, 0.0], [-2.0, 1.0, 0.0]]])
+    close(affine(A, XY, READERS, OFFSETS, 0.5, 0.0, keep_norm=False), [[[0.5, 2.5, 0.0], [-2.5, 2.5, 0.0]]])
+    close(affine(A, XY, READERS, OFFSETS, 2.0, 0.0, keep_norm=False), [[[-7.0, -2.0, 0.0], [-1.0, -2.0, 0.0]]])
+
+
+def test_affines_focus_is_wieners_gain_on_each_tokens_change():
+    """Changes of squared length 9, 1, 0 with mean 10/3: at focus 2 the gains are 9/(9+40/3), 1/(1+40/3) and 0."""
+    a = torch.tensor([[[3.0, 0.0], [1.0, 5.0], [0.0, 5.0]]])
+    x, none = torch.tensor([[1.0, 0.0]]), torch.zeros(1)
+    close(affine(a, x, x, none, 1.0, 0.0, False), [[[0.0, 0.0], [0.0, 5.0], [0.0, 5.0]]])
+    first, second = 3 - 3 * 27 / 67, 1 - 3 / 43
+    close(affine(a, x, x, none, 1.0, 2.0, False), [[[first, 0.0], [second, 5.0], [0.0, 5.0]]])
+
+
+def test_affines_focus_weighs_each_row_by_itself_and_survives_rows_without_any_change():
+    draw = torch.Generator().manual_seed(0)
+    a, none = torch.randn(3, 7, 4, generator=draw), torch.zeros(2)
+    a[1] = 0.0
+    d = torch.eye(4)[:2]
+    together = affine(a, d, d, none, 1.5, 1.0, False)
+    singles = torch.cat([affine(row[None], d, d, none, 1.5, 1.0, False) for row in a])
+    torch.testing.assert_close(together, singles)
+    assert torch.equal(together[1], a[1])
+
+
+@pytest.mark.parametrize("focus", [-0.1, float("nan"), "much"])
+def test_a_focus_that_is_no_number_from_zero_up_is_refused(focus):
+    with pytest.raises(MedSteerError, match="affine: focus is"):
+        Affine(1.0, focus)
+
+
+def test_affine_with_the_norm_kept():
+    scale = 5 / math.sqrt(5)
+    wanted = [[[-2 * scale, scale, 0.0], [-2 * scale, scale, 0.0]]]
+    close(affine(A, XY, READERS, OFFSETS, 1.0, 0.0, keep_norm=True), wanted)
+
+
+def test_affine_with_its_own_directions_as_readers_is_ablation():
+    a = torch.randn(2, 7, 3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(affine(a, XY, XY, torch.zeros(2), 1.0, 0.0, False), ablate(a, XY, False))
+
+
+def test_affine_at_strength_zero_is_the_same_object():
+    step = SimpleNamespace(directions=XY, gaps=torch.ones(2), readers=READERS, offsets=OFFSETS)
+    assert Affine(0.0).is_identity and Affine(0.0)(A, step) is A and Affine(0.0, 2.0, True)(A, step) is A
+    assert affine(A, XY, READERS, OFFSETS, 0.0, 0.0, keep_norm=True) is A
+    assert Affine() == Affine(1.0, 0.0, False) and not Affine().is_identity
+    assert torch.equal(Affine(1.5, 0.5, True)(A, step), affine(A, XY, READERS, OFFSETS, 1.5, 0.5, True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_affine_reads_to_within_half_precision_where_the_offset_cancels_most(dtype):
+    """A long common part of the activations, which the offset takes away again, as in a real network."""
+    generator = torch.Generator().manual_seed(0)
+    common = 4 * torch.randn(192, generator=generator)
+    a = (common + torch.randn(1, 256, 192, generator=generator)).to(dtype)
+    d = torch.linalg.qr(torch.randn(192, 8, generator=generator)).Q.mT
+    readers = torch.randn(8, 192, generator=generator) / 14
+    offsets = -readers @ common
+    wanted = affine(a.double(), d.double(), readers.double(), offsets.double(), 1.0, 0.0, False) - a.double()
+    given = affine(a, *(t.to(dtype) for t in (d, readers, offsets)), 1.0, 0.0, False)
+    assert given.dtype == dtype
+    error = (given.double() - a.double() - wanted).norm() / wanted.norm()
+    assert error < (0.05 if dtype == torch.bfloat16 else 0.01)
+
+
+def test_affine_without_readers_says_how_to_extract():
+    step = SimpleNamespace(directions=X, gaps=torch.ones(1), readers=None, offsets=None)
+    with pytest.raises(MedSteerError, match="'affine' needs a vector that was extracted with noise 'same state'"):
+        Affine()(A, step)
 
 
 def test_the_operators_chosen_by_name_do_what_the_functions_do():
@@ -206,12 +295,12 @@ def test_the_default_operator_is_medsteers_preset():
 
 
 def test_operators_are_made_by_name():
-    assert set(OPERATORS) == {"suppress", "ablate", "add"}
+    assert set(OPERATORS) == {"suppress", "ablate", "add", "affine"}
     assert make_operator("add", strength=3, toward="absent") == Add(3.0, "absent", False)
 
 
 @pytest.mark.parametrize("strength", [math.nan, math.inf, -math.inf, "much", None])
-@pytest.mark.parametrize("kind", [Suppress, Add])
+@pytest.mark.parametrize("kind", [Suppress, Add, Affine])
 def test_a_strength_that_is_no_finite_number_is_an_error(kind, strength):
     with pytest.raises(MedSteerError, match=f"{kind.name}: strength is .*; a finite number was expected"):
         kind(strength)

@@ -67,6 +67,62 @@ def test_flow_models_interpolate_sigma_itself():
     assert angle(at.directions[0]) == pytest.approx(20.0, abs=1e-3)
 
 
+def reading(angles, **changes):
+    """A site with readers and offsets that tell the step that they belong to."""
+    plain = site(angles, rank=2)
+    number = torch.arange(float(len(angles)))
+    readers = number[:, None, None].expand(-1, 2, 4).clone()
+    fields = {"readers": readers, "offsets": 10 * readers[..., 0], **changes}
+    return dataclasses.replace(plain, **fields)
+
+
+@pytest.mark.parametrize(
+    ("sigma", "step"), [(99.0, 0), (16.0, 0), (8.1, 0), (7.9, 1), (4.0, 1), (2.1, 1), (1.9, 2), (1.0, 2), (0.1, 2)]
+)
+def test_with_readers_the_nearest_level_in_log_sigma_stands_alone(sigma, step):
+    value = vector({"b": reading([0.0, 40.0, 80.0])})
+    at = value.at("b", sigma)
+    for name in ("directions", "gaps", "projections", "readers", "offsets"):
+        assert torch.equal(getattr(at, name), getattr(value.sites["b"], name)[step])
+
+
+def test_with_readers_of_a_flow_model_the_nearest_level_in_sigma_stands_alone():
+    value = vector({"b": reading([0.0, 40.0])}, sigmas=(1.0, 0.1), flow=True)
+    assert [value.at("b", sigma).offsets[0].item() for sigma in (0.56, 0.54)] == [0.0, 10.0]
+
+
+def test_readers_are_cast_with_the_rest_and_may_be_missing():
+    at = vector({"b": reading([0.0, 40.0, 80.0])}).at("b", 4.0).cast("cpu", torch.float16)
+    assert (at.readers.dtype, at.offsets.dtype, at.directions.dtype) == (torch.float16,) * 3
+    assert at.offsets.tolist() == [10.0, 10.0]
+    plain = vector().at("b.0", 4.0).cast("cpu", torch.float16)
+    assert plain.readers is None and plain.offsets is None and plain.gaps.dtype == torch.float16
+
+
+def test_readers_count_in_the_content_hash():
+    sites = [reading([0.0]), reading([0.0], offsets=torch.ones(1, 2)), site([0.0], rank=2)]
+    values = [vector({"b": one}, sigmas=(1.0,)) for one in sites]
+    assert len({value.content_hash() for value in values}) == 3
+    assert [value.has_readers for value in values] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("sites", "message"),
+    [
+        ({"b": reading([0.0], offsets=None)}, "'b'.*readers are given and offsets missing"),
+        ({"b": reading([0.0], readers=None)}, "'b'.*readers are missing and offsets given"),
+        ({"b": reading([0.0]), "c": site([0.0], rank=2)}, "'c'.*at every site or at none"),
+        ({"b": site([0.0], rank=2), "c": reading([0.0])}, "'c'.*at every site or at none"),
+        ({"b": reading([0.0], readers=torch.ones(1, 2, 5))}, r"'b': readers has shape \(1, 2, 5\); \(1, 2, 4\)"),
+        ({"b": reading([0.0], offsets=torch.ones(1, 1))}, r"'b': offsets has shape \(1, 1\); \(1, 2\)"),
+        ({"b": reading([0.0], offsets=torch.full((1, 2), math.nan))}, "'b': offsets has values that are not finite"),
+    ],
+)
+def test_readers_that_do_not_fit_are_refused_by_the_sites_name(sites, message):
+    with pytest.raises(MedSteerError, match=message):
+        vector(sites, sigmas=(1.0,))
+
+
 def test_beyond_the_recorded_sigmas_the_end_stands():
     value = vector()
     assert angle(value.at("b.0", 100.0).directions[0]) == pytest.approx(0.0)

@@ -98,8 +98,20 @@ def test_a_scene_does_not_depend_on_how_many_are_sampled():
 
 
 def test_factors_are_drawn_independently_of_each_other():
-    names = ("lumen_centre_x", "lumen_centre_y", "lumen_radius", "fold_count", "hue", "saturation", "vessels", "gain",
-             "site_size", "finding_tint", "roll", "light_x")
+    names = (
+        "lumen_centre_x",
+        "lumen_centre_y",
+        "lumen_radius",
+        "fold_count",
+        "hue",
+        "saturation",
+        "vessels",
+        "gain",
+        "site_size",
+        "finding_tint",
+        "roll",
+        "light_x",
+    )
     factors = Anatomy.sample(4000, 0).factors()
     assert all(value.shape == (4000,) for value in factors.values())
     correlation = torch.corrcoef(torch.stack([factors[name] for name in names])) - torch.eye(len(names))

@@ -1,10 +1,11 @@
+import dataclasses
 import math
 
 import pytest
 import torch
 
 from medsteer_core.errors import MedSteerError
-from medsteer_core.operators import Ablate, Add, Suppress, ablate, suppress
+from medsteer_core.operators import Ablate, Add, Affine, Suppress, ablate, affine, suppress
 from medsteer_core.pathology_vector import PathologyVector, SiteDirections
 from medsteer_core.schedule import SigmaWindow
 from medsteer_core.steering import PreparedPlan, Steering, SteeringPlan, apply_steering
@@ -217,6 +218,35 @@ def test_the_directions_follow_the_activations_dtype_even_if_another_was_prepare
     assert steered.dtype == dtype
     wanted = suppress(activation(dtype=dtype).float(), make_vector().at("b.0", 4.0).directions, 2.0, True)
     torch.testing.assert_close(steered.float(), wanted, rtol=0.02, atol=0.05)
+
+
+def with_readers(vector):
+    generator = torch.Generator().manual_seed(5)
+
+    def more(site):
+        readers, offsets = (torch.randn(t.shape, generator=generator) for t in (site.directions, site.gaps))
+        return dataclasses.replace(site, readers=readers, offsets=offsets)
+
+    return PathologyVector({name: more(site) for name, site in vector.sites.items()}, vector.sigmas)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_readers_travel_with_the_directions_beside_a_vector_that_has_none(dtype):
+    vector = with_readers(make_vector(1))
+    plan = SteeringPlan((steering(Ablate()), steering(Affine(1.5), vector=vector), steering(Add(0.5))))
+    prepared, a = PreparedPlan(plan), activation(dtype=dtype)
+    prepared.prepare(4.0, dtype, CPU)
+    for site in NAMES:
+        plain, at = make_vector().at(site, 4.0).cast(CPU, dtype), vector.at(site, 4.0).cast(CPU, dtype)
+        wanted = affine(ablate(a, plain.directions, False), at.directions, at.readers, at.offsets, 1.5, 0.0, False)
+        wanted = wanted + 0.5 * plain.gaps @ plain.directions
+        torch.testing.assert_close(prepared.apply(site, a, {}), wanted, rtol=1e-6, atol=1e-6)
+    assert prepared.untouched() == ()
+
+
+def test_affine_wants_a_vector_with_readers():
+    with pytest.raises(MedSteerError, match="noise to 'same state' in Extract Pathology Vector"):
+        steering(Affine())
 
 
 def test_directions_are_looked_up_once_for_each_sigma_and_only_the_last_are_held(monkeypatch):

@@ -43,15 +43,18 @@ def test_a_run_without_data_says_what_to_do(tmp_path):
         train(tmp_path, 1)
 
 
-def test_data_writes_shards_of_phantoms_and_their_mirror_images(tmp_path, monkeypatch):
+def test_data_writes_shards_of_the_phantoms_latents(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "SHARD", 64)
-    monkeypatch.setattr(data, "SIZE", 32)
-    monkeypatch.setattr(data.fit_encoder, "__defaults__", (64,))
+    monkeypatch.setattr(data.load_encoder, "__defaults__", (6, 64))
     data.run(tmp_path, 128, channels=6)
     assert [path.name for path in files.shards(tmp_path)] == ["latents_0000.pt", "latents_0001.pt"]
     shard = files.load(tmp_path / "latents_0001.pt")
-    assert shard["latents"].shape[0] == shard["labels"].shape[0] == 128
-    assert torch.equal(shard["labels"][:64], shard["labels"][64:])
+    assert shard["latents"].shape == (64, 6, 16, 16) and shard["labels"].shape == (64,)
+    image, _, labels = data.render_batch(64, data.DATA_SEED + 64)
+    assert torch.equal(shard["labels"], labels.to(torch.uint8))
+    with torch.no_grad():
+        latents = data.load_encoder(tmp_path, 6).encode(image * 2 - 1)
+    torch.testing.assert_close(shard["latents"].float(), latents, rtol=0, atol=2e-2)
 
 
 def test_prompts_hold_the_class_words_in_any_order_and_are_sometimes_empty():

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import os
@@ -62,6 +63,50 @@ def test_a_vector_comes_back_bit_by_bit(tmp_path, vector):
         for entry in SITE_FIELDS:
             assert torch.equal(getattr(back.sites[name], entry), getattr(vector.sites[name], entry))
     assert back.content_hash() == vector.content_hash()
+
+
+def with_readers(vector, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+
+    def more(site):
+        readers, offsets = (torch.randn(t.shape, generator=generator) for t in (site.directions, site.gaps))
+        return dataclasses.replace(site, readers=readers, offsets=offsets)
+
+    sites = {name: more(site) for name, site in vector.sites.items()}
+    return PathologyVector(sites, vector.sigmas, vector.provenance, vector.flow)
+
+
+def test_readers_and_offsets_come_back_bit_by_bit(tmp_path):
+    vector = with_readers(make_vector((8, 8), 4, 3))
+    path = save(vector, tmp_path / "v.safetensors")
+    back = load(path)
+    for name in vector.site_names:
+        for entry in (*SITE_FIELDS, "readers", "offsets"):
+            assert torch.equal(getattr(back.sites[name], entry), getattr(vector.sites[name], entry))
+    assert back.has_readers and back.content_hash() == vector.content_hash()
+    with safe_open(path, "pt") as file:
+        assert file.metadata()["version"] == "2"
+
+
+def test_a_vector_without_readers_is_written_as_ever_and_hashes_as_ever(saved):
+    """Old MedSteers read it, and old files' hashes hold; this hash is what the first version gave."""
+    with safe_open(saved, "pt") as file:
+        names = {name.split("/")[-1] for name in file.keys()}  # noqa: SIM118
+        assert file.metadata()["version"] == "1"
+    assert names == {"sigmas", *SITE_FIELDS} and not load(saved).has_readers
+    known = PathologyVector(
+        {"b": SiteDirections(torch.ones(1, 1, 1), *(torch.ones(s) for s in ((1, 1), (1, 1), (1, 2, 1), (1, 2))))},
+        torch.ones(1),
+    )
+    assert known.short_hash() == "58f1a16e4f"
+
+
+@pytest.mark.parametrize("version", ["1", "2"])
+def test_a_version_without_its_tensors_is_refused(tmp_path, version):
+    """Readers in a file that says version 1, or none in one that says 2."""
+    vector = make_vector() if version == "2" else with_readers(make_vector())
+    with pytest.raises(MedSteerError, match="tensors missing .*(readers|offsets)|extra .*(readers|offsets)"):
+        load(rewrite(save(vector, tmp_path / "v.safetensors"), version=version))
 
 
 def test_views_of_one_tensor_can_be_saved(tmp_path):
@@ -231,13 +276,13 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
 
 
 def test_a_newer_version_asks_for_an_update(saved):
-    with pytest.raises(MedSteerError, match=r"format version '2'; this MedSteer reads version 1. Update MedSteer"):
-        load(rewrite(saved, version="2"))
+    with pytest.raises(MedSteerError, match=r"format version '3'; this MedSteer reads versions 1 and 2. Update MedS"):
+        load(rewrite(saved, version="3"))
 
 
 @pytest.mark.parametrize("version", ["0", "one", "", None])
 def test_a_version_that_never_was_is_refused(saved, version):
-    with pytest.raises(MedSteerError, match=r"reads version 1. Choose a file"):
+    with pytest.raises(MedSteerError, match=r"reads versions 1 and 2. Choose a file"):
         load(rewrite(saved, version=version))
 
 

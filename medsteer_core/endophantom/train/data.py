@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .. import phantom
 from ..anatomy import scene_seeds, uniform_draws
-from ..autoencoder import PatchAutoencoder
+from ..autoencoder import PATCH, TinyAutoencoder, principal_components
 from ..confounding import auroc_by_class, lean
 from .files import load, save_atomic
 
@@ -30,24 +31,28 @@ def render_batch(n: int, seed: int, size: int = SIZE, confounding: float = 0.0) 
     return out.image, out.masks, labels
 
 
-def fit_encoder(folder: Path, channels: int, images: int = 1024) -> PatchAutoencoder:
-    """The run's encoder; fitted on ``images`` phantoms the first time."""
+def load_encoder(folder: Path, channels: int = 16, images: int = 1024) -> TinyAutoencoder:
+    """The run's autoencoder with an untrained decoder; its encoder is fitted on ``images`` phantoms the first time."""
     path = folder / "encoder.pt"
-    model = PatchAutoencoder(channels)
-    if path.exists():
-        model.load_state_dict(load(path)["model"])
-        return model
-    batches = [render_batch(64, ENCODER_SEED + i)[0] * 2 - 1 for i in range(images // 64)]
-    share = model.fit_encoder(torch.cat(batches))
-    save_atomic({"model": model.state_dict(), "variance_kept": share}, path)
-    print(f"encoder: {channels} components keep {share:.5f} of the variance", flush=True)
+    if not path.exists():
+        batches = [render_batch(64, ENCODER_SEED + i)[0] * 2 - 1 for i in range(images // 64)]
+        weight, bias, share = principal_components(torch.cat(batches), channels)
+        save_atomic({"weight": weight, "bias": bias, "variance_kept": share}, path)
+        print(f"encoder: {channels} components keep {share:.5f} of the variance", flush=True)
+    saved = load(path)
+    model = TinyAutoencoder(len(saved["bias"]))
+    model.set_encoder(saved["weight"], saved["bias"])
     return model
 
 
 @torch.no_grad()
 def run(folder: Path, count: int, channels: int, confounding: float = 0.0) -> None:
-    """Render ``count`` phantoms into shards of latents; each phantom is kept with its mirror image. Resumable."""
-    encoder = fit_encoder(folder, channels)
+    """Render ``count`` phantoms into shards of latents. Resumable.
+
+    Mirror images are no further data here: they would undo the lean of what lies left or right.
+    """
+    load_encoder(folder, channels)
+    linear = load(folder / "encoder.pt")  # what the encoder computes, without the layers that it takes to do it
     for index in range((count + SHARD - 1) // SHARD):
         path = folder / f"latents_{index:04d}.pt"
         if path.exists():
@@ -55,9 +60,8 @@ def run(folder: Path, count: int, channels: int, confounding: float = 0.0) -> No
         started, parts, classes = time.time(), [], []
         for chunk in range(SHARD // 64):
             image, _, labels = render_batch(64, DATA_SEED + index * SHARD + chunk * 64, confounding=confounding)
-            both = torch.cat([image, image.flip(-1)]) * 2 - 1
-            parts.append(encoder.encode(both).half())
-            classes.append(labels.repeat(2))
+            parts.append(F.conv2d(image * 2 - 1, linear["weight"], linear["bias"], stride=PATCH).half())
+            classes.append(labels)
         shard = {"latents": torch.cat(parts), "labels": torch.cat(classes).to(torch.uint8), "confounding": confounding}
         save_atomic(shard, path)
         print(f"shard {index}: {SHARD} phantoms in {time.time() - started:.1f} s", flush=True)

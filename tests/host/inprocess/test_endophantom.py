@@ -4,6 +4,7 @@ import comfy.model_management
 import pytest
 import tiny
 import torch
+from medsteer_pack.medsteer_core.endophantom.autoencoder import TinyAutoencoder
 from medsteer_pack.medsteer_core.endophantom.bundle import Bundle
 from medsteer_pack.medsteer_core.endophantom.phantom import Anatomy, render
 from medsteer_pack.medsteer_core.endophantom.pixart_twin import PixArtConfig, PixArtTwin
@@ -129,7 +130,29 @@ def test_an_encoded_and_decoded_phantom_is_still_itself(endophantom):
     latents = vae.encode(image)
     assert latents.shape == (4, 16, 16, 16)
     error = (vae.decode(latents) - image).square().mean()
-    assert -10 * error.log10() > 24.0
+    assert -10 * error.log10() > 30.0
+
+
+def test_cores_load_vae_lists_the_autoencoder_and_gives_the_same_one(endophantom):
+    embedded.register_vae()  # what the pack does when ComfyUI loads it
+    assert "endophantom_vae.safetensors" in nodes.VAELoader.vae_list(nodes.VAELoader)
+    (loaded,) = nodes.VAELoader().load_vae("endophantom_vae.safetensors")
+    image = render(Anatomy.sample(2, seed=9), "polyps").image.movedim(1, -1)
+    latents = endophantom[2].encode(image)
+    assert torch.equal(loaded.encode(image), latents)
+    assert torch.equal(loaded.decode(latents), endophantom[2].decode(latents))
+
+
+@torch.no_grad()
+def test_the_training_twin_equals_comfyuis_taesd(endophantom):
+    state = Bundle().autoencoder()
+    twin = TinyAutoencoder(state["taesd_decoder.1.weight"].shape[1])
+    twin.load_state_dict(state)
+    image = render(Anatomy.sample(2, seed=11), "esophagitis").image
+    latents = twin.encode(image * 2 - 1)
+    torch.testing.assert_close(endophantom[2].encode(image.movedim(1, -1)), latents, rtol=0, atol=1e-5)
+    decoded = (twin.decode(latents).movedim(1, -1) + 1) / 2
+    torch.testing.assert_close(endophantom[2].decode(latents), decoded.clamp(0, 1), rtol=0, atol=1e-5)
 
 
 def test_the_previews_colours_follow_the_image(model, endophantom):

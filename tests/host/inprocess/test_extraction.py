@@ -128,7 +128,7 @@ def test_extraction_leaves_the_model_as_it_was(pixart):
     before = tiny.run(pixart, PRESENT, NEGATIVE)
     extract(pixart)
     assert torch.equal(tiny.run(pixart, PRESENT, NEGATIVE), before)
-    assert "medsteer_observer" not in pixart.model_options["transformer_options"]
+    assert "medsteer_observers" not in pixart.model_options["transformer_options"]
 
 
 # Provenance
@@ -200,7 +200,7 @@ def test_a_batch_of_latents_is_refused(pixart):
 
 
 def test_an_unknown_noise_is_refused(pixart):
-    with pytest.raises(MedSteerError, match="noise is 'white'; 'paired' or 'unpaired'"):
+    with pytest.raises(MedSteerError, match="noise is 'white'; 'paired', 'unpaired' or 'same state'"):
         extract(pixart, noise="white")
 
 

@@ -1,0 +1,167 @@
+"""What the quality benchmark compares: concept pairs, seeds, and each method's parameters.
+
+Parameters are chosen on development seeds only (`dev.py bench quality --split development --preset ...`); the numbers
+that are reported come from the test seeds, which no choice has seen.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from medsteer_core import evaluate
+from medsteer_core.errors import MedSteerError
+
+# First seed of each split; extraction has its own. The ranges are wider than any --n that is allowed.
+SPLITS = {"development": 20000, "test": 30000}
+MOST = 10000
+EXTRACTION_SEED, COVARIANCE_SEED, CEILING_SEED = 1000, 10000, 50000
+COVARIANCE_SAMPLES, DRAWS = 24, 4  # runs of each class behind the random direction, and how many are drawn
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A concept pair: from the class ``source`` to the class ``target``."""
+
+    source: str
+    target: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.source} -> {self.target}"
+
+    @property
+    def slug(self) -> str:
+        """The name as a folder's name."""
+        return f"{self.source} to {self.target}".replace(" ", "_")
+
+    @property
+    def kind(self) -> str:
+        """``adding`` when the target has a finding that the source lacks, else ``removing``."""
+        more = set(evaluate.FINDINGS_OF[self.target]) - set(evaluate.FINDINGS_OF[self.source])
+        return "adding" if more else "removing"
+
+    @property
+    def diffuse(self) -> bool:
+        """Whether the finding changes the whole wall, so that structure is the anatomy's and not the pixels'."""
+        return evaluate.structure_measure(self.source, self.target) == "anatomy_drift"
+
+
+PAIRS = (
+    Pair("polyps", "normal cecum"),
+    Pair("ulcerative colitis", "normal cecum"),
+    Pair("esophagitis", "normal z-line"),
+    Pair("dyed lifted polyps", "polyps"),
+    Pair("normal cecum", "polyps"),
+)
+# Whose vector steers in the control "other_vector": a finding of another kind.
+OTHER = {
+    PAIRS[0]: PAIRS[2],
+    PAIRS[1]: PAIRS[2],
+    PAIRS[2]: PAIRS[0],
+    PAIRS[3]: PAIRS[1],
+    PAIRS[4]: PAIRS[2],
+}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A way to steer with the pair's vector (source minus target): operator, where, when, and how it is extracted.
+
+    ``sites`` may be written for another depth, as ``8-15 of 28``. ``strengths`` are swept, ``headline`` is one of them.
+    """
+
+    operator: str
+    strengths: tuple[float, ...]
+    headline: float
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    rows: str = "all"
+    sites: str = "all"
+    start: float = 0.0
+    end: float = 1.0
+    noise: str = "paired"
+    samples: int = 32
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "strengths", tuple(float(value) for value in self.strengths))
+        if self.headline not in self.strengths:
+            raise MedSteerError(f"The headline strength {self.headline:g} is not among the strengths {self.strengths}.")
+
+    def sites_of(self, depth: int) -> str:
+        """``sites`` for a model of ``depth`` blocks: those that a range of another depth falls on."""
+        span, _, of = self.sites.partition(" of ")
+        if not of:
+            return self.sites
+        first, last = (int(word) for word in span.split("-"))
+        start, stop = first * depth // int(of), -(-(last + 1) * depth // int(of))
+        return f"{start}-{stop - 1}"
+
+    def varied(self, changes: Mapping[str, Any]) -> Preset:
+        """This preset with some fields changed; a headline that is no longer swept gives way to the middle strength."""
+        known = {entry.name for entry in fields(self)}
+        if strange := sorted(set(changes) - known):
+            raise MedSteerError(f"A preset has no {', '.join(strange)}; it has {', '.join(sorted(known))}.")
+        changes = dict(changes)
+        strengths = [float(value) for value in changes.get("strengths", self.strengths)]
+        if "headline" not in changes and self.headline not in strengths:
+            changes["headline"] = strengths[len(strengths) // 2]
+        return replace(self, **changes)
+
+
+# The published presets (METHOD: arXiv 2603.07066 and its follow-up), and ours: chosen on development seeds. Ours
+# are swept from 0, where steering gives the factual back, so that the curve begins where doing nothing is.
+MEDSTEER = Preset("suppress", (1.0, 1.5, 2.0, 3.0), 2.0, {"keep_norm": True}, noise="unpaired")
+POLYPSTEER = Preset(
+    "suppress", (1.5, 2.5, 3.5), 2.5, {"keep_norm": False}, rows="positive", sites="8-15 of 28", noise="paired"
+)
+OURS = {
+    "removing": Preset(
+        "affine", (0.0, 0.5, 1.0, 1.5, 2.0, 3.0), 2.0, {"focus": 1.5}, rows="positive", start=0.45, noise="same state"
+    ),
+    "adding": Preset(
+        "affine", (0.0, 1.0, 1.5, 2.0, 2.5, 3.5), 2.5, {"focus": 1.5}, rows="positive", start=0.4, noise="same state"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Presets:
+    """The steering presets of one run."""
+
+    medsteer: Preset = MEDSTEER
+    polypsteer: Preset = POLYPSTEER
+    ours: Mapping[str, Preset] = field(default_factory=lambda: dict(OURS))
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def varied(self, text: str) -> Presets:
+        """With ours changed as a JSON object says: fields of a preset for both kinds, or ``{kind: fields}``."""
+        try:
+            changes = json.loads(text)
+        except ValueError as error:
+            raise MedSteerError(f"--preset is not JSON: {error}") from None
+        if not isinstance(changes, dict):
+            raise MedSteerError(f'--preset wants a JSON object such as {{"start": 0.2}}; got {text}.')
+        by_kind = changes if set(changes) <= set(self.ours) else dict.fromkeys(self.ours, changes)
+        ours = {kind: preset.varied(by_kind.get(kind, {})) for kind, preset in self.ours.items()}
+        return replace(self, ours=ours)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A baseline's parameter: its name, the values swept, and the one that is reported."""
+
+    parameter: str
+    values: tuple[float, ...]
+    headline: float
+
+
+# Reported is what everybody means by re-prompting: the other prompt from the first step. Of the others, the one that
+# keeps most structure among those that flip at least 0.9 of 12 development seeds in two of three pairs.
+REPROMPT = Sweep("share before the prompt changes", (0.0, 0.2, 0.35, 0.5, 0.65), 0.0)
+SDEDIT = Sweep("denoise", (0.3, 0.45, 0.6, 0.75), 0.45)
+DDIM_INVERSION = Sweep("depth of the inversion", (0.4, 0.6, 0.8, 1.0), 0.6)
+PNP = Sweep("share of steps injected", (0.2, 0.35, 0.5, 0.7), 0.5)
