@@ -117,11 +117,9 @@ POLYPSTEER = Preset(
     "suppress", (1.5, 2.5, 3.5), 2.5, {"keep_norm": False}, rows="positive", sites="8-15 of 28", noise="paired"
 )
 OURS = {
-    "removing": Preset(
-        "affine", (0.0, 0.5, 1.0, 1.5, 2.0, 3.0), 2.0, {"focus": 1.5}, rows="positive", start=0.45, noise="same state"
-    ),
+    "removing": Preset("affine", (0.0, 0.5, 1.0, 1.5, 2.0, 3.0), 2.0, {"focus": 1.0}, start=0.45, noise="same state"),
     "adding": Preset(
-        "affine", (0.0, 1.0, 1.5, 2.0, 2.5, 3.5), 2.5, {"focus": 1.5}, rows="positive", start=0.4, noise="same state"
+        "affine", (0.0, 1.0, 1.5, 2.0, 2.5, 3.0), 2.0, {"focus": 1.5}, rows="positive", start=0.35, noise="same state"
     ),
 }
 
