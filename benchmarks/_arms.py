@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from medsteer_core.demo import write_whole
 from medsteer_core.endophantom.judges import resize
 from medsteer_core.endophantom.phantom import CLASSES, Anatomy, render
 
@@ -117,7 +118,7 @@ def generated(
 
     The file's name has a hash of ``settings`` (weights, steering, sampling): others never meet.
     """
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file, save
 
     seeds = image_seeds(n, seed)
     facts = json.dumps({**settings, "image_seeds": [seeds[0], seeds[-1]]}, sort_keys=True)
@@ -125,7 +126,5 @@ def generated(
     if path.exists():
         return Generated(**load_file(path)), False
     made = make(seeds)
-    part = path.with_name(path.name + ".part")
-    save_file({name: value.contiguous() for name, value in vars(made).items()}, part, metadata={"made": facts})
-    part.replace(path)
+    write_whole(path, save({name: value.contiguous() for name, value in vars(made).items()}, metadata={"made": facts}))
     return made, True

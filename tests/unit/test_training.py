@@ -45,7 +45,7 @@ def test_a_run_without_data_says_what_to_do(tmp_path):
 
 def test_data_writes_shards_of_the_phantoms_latents(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "SHARD", 64)
-    monkeypatch.setattr(data.load_encoder, "__defaults__", (6, 64))
+    monkeypatch.setattr(data.components, "__defaults__", (6, 64))
     data.run(tmp_path, 128, channels=6)
     assert [path.name for path in files.shards(tmp_path)] == ["latents_0000.pt", "latents_0001.pt"]
     shard = files.load(tmp_path / "latents_0001.pt")
@@ -53,7 +53,7 @@ def test_data_writes_shards_of_the_phantoms_latents(tmp_path, monkeypatch):
     image, _, labels = data.render_batch(64, data.DATA_SEED + 64)
     assert torch.equal(shard["labels"], labels.to(torch.uint8))
     with torch.no_grad():
-        latents = data.load_encoder(tmp_path, 6).encode(image * 2 - 1)
+        latents = data.load_encoder(tmp_path).encode(image * 2 - 1)
     torch.testing.assert_close(shard["latents"].float(), latents, rtol=0, atol=2e-2)
 
 

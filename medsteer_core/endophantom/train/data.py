@@ -31,8 +31,8 @@ def render_batch(n: int, seed: int, size: int = SIZE, confounding: float = 0.0) 
     return out.image, out.masks, labels
 
 
-def load_encoder(folder: Path, channels: int = 16, images: int = 1024) -> TinyAutoencoder:
-    """The run's autoencoder with an untrained decoder; its encoder is fitted on ``images`` phantoms the first time."""
+def components(folder: Path, channels: int = 16, images: int = 1024) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the run's linear encoder; fitted on ``images`` phantoms the first time."""
     path = folder / "encoder.pt"
     if not path.exists():
         batches = [render_batch(64, ENCODER_SEED + i)[0] * 2 - 1 for i in range(images // 64)]
@@ -40,8 +40,14 @@ def load_encoder(folder: Path, channels: int = 16, images: int = 1024) -> TinyAu
         save_atomic({"weight": weight, "bias": bias, "variance_kept": share}, path)
         print(f"encoder: {channels} components keep {share:.5f} of the variance", flush=True)
     saved = load(path)
-    model = TinyAutoencoder(len(saved["bias"]))
-    model.set_encoder(saved["weight"], saved["bias"])
+    return saved["weight"], saved["bias"]
+
+
+def load_encoder(folder: Path) -> TinyAutoencoder:
+    """The run's autoencoder with an untrained decoder."""
+    weight, bias = components(folder)
+    model = TinyAutoencoder(len(bias))
+    model.set_encoder(weight, bias)
     return model
 
 
@@ -51,8 +57,7 @@ def run(folder: Path, count: int, channels: int, confounding: float = 0.0) -> No
 
     Mirror images are no further data here: they would undo the lean of what lies left or right.
     """
-    load_encoder(folder, channels)
-    linear = load(folder / "encoder.pt")  # what the encoder computes, without the layers that it takes to do it
+    weight, bias = components(folder, channels)  # the encoder's map, without the layers that it takes to compute it
     for index in range((count + SHARD - 1) // SHARD):
         path = folder / f"latents_{index:04d}.pt"
         if path.exists():
@@ -60,7 +65,7 @@ def run(folder: Path, count: int, channels: int, confounding: float = 0.0) -> No
         started, parts, classes = time.time(), [], []
         for chunk in range(SHARD // 64):
             image, _, labels = render_batch(64, DATA_SEED + index * SHARD + chunk * 64, confounding=confounding)
-            parts.append(F.conv2d(image * 2 - 1, linear["weight"], linear["bias"], stride=PATCH).half())
+            parts.append(F.conv2d(image * 2 - 1, weight, bias, stride=PATCH).half())
             classes.append(labels)
         shard = {"latents": torch.cat(parts), "labels": torch.cat(classes).to(torch.uint8), "confounding": confounding}
         save_atomic(shard, path)

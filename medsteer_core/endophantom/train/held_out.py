@@ -12,7 +12,7 @@ from ..judges import FACTORS, LABELS, NONE, Judges, resize
 from ..phantom import CLASSES, FINDINGS
 from .augment import distort, nonsense
 from .data import render_batch
-from .regressor import targets
+from .regressor import accuracy, targets
 
 HELD_OUT_SEED = 9_000_000
 FINDING_FREE = ("normal cecum", "normal pylorus", "normal z-line")
@@ -75,8 +75,6 @@ def _masks(found: Tensor, truth: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def _factors(guesses: list[Tensor], factors: list[Tensor]) -> dict[str, float]:
-    guess, truth = torch.cat(guesses), torch.cat(factors)
-    squared = (guess - truth).square().mean(0)
-    explained = 1 - squared / truth.var(0, correction=0)
-    errors = {f"RMSE of {name}": float(v.sqrt()) for name, v in zip(FACTORS, squared, strict=True)}
+    rmse, explained = accuracy(torch.cat(guesses), torch.cat(factors))
+    errors = {f"RMSE of {name}": float(v) for name, v in zip(FACTORS, rmse, strict=True)}
     return errors | {f"R2 of {name}": float(v) for name, v in zip(FACTORS, explained, strict=True)}

@@ -123,8 +123,13 @@ def measure(model: Regressor, images: Tensor, factors: Tensor) -> Tensor:
     ``images (n, 3, 64, 64)`` uint8, ``factors (n, factors)``. Returns the R^2 of each factor, ``(factors,)``.
     """
     guesses = torch.cat([model(part.float() / 255) for part in images.split(256)])
-    squared = (guesses - factors).square().mean(0)
-    explained = 1 - squared / factors.var(0, correction=0)
-    model.error.copy_(squared.sqrt())
+    error, explained = accuracy(guesses, factors)
+    model.error.copy_(error)
     model.kept.copy_(explained >= KEPT_ABOVE)
     return explained
+
+
+def accuracy(guesses: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+    """RMSE and R^2 of each factor, ``(factors,)`` both, for guesses and truth ``(n, factors)``."""
+    squared = (guesses - factors).square().mean(0)
+    return squared.sqrt(), 1 - squared / factors.var(0, correction=0)
