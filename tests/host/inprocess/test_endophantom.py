@@ -202,8 +202,13 @@ def test_strength_zero_is_bit_identical_and_strength_two_is_not(model, vector, e
 
 
 def test_a_steered_batch_of_three_equals_three_singles(model, vector, encode):
-    steered = tiny.steered(model, vector, operator="suppress", strength=2.0)
+    """In float64. In float32 a batch rounds otherwise than singles, which these few steps raise to 1e-5, unsteered too."""
+    make, arguments = model.cached_patcher_init
+    double = make(*arguments, disable_dynamic=True)
+    double.model.diffusion_model.double().dtype = torch.float64
+    steered = tiny.steered(double, vector, operator="suppress", strength=2.0)
     texts = encode(POLYPS), encode("")
     batch = sample(steered, *texts, batch=3, batch_index=[0, 1, 2])["samples"]
     singles = torch.cat([sample(steered, *texts, batch_index=[index])["samples"] for index in range(3)])
-    assert (batch - singles).abs().max() < 1e-5 * batch.abs().max()
+    assert (batch - singles).abs().max() < 1e-6 * batch.abs().max()
+    assert (batch - sample(double, *texts, batch=3, batch_index=[0, 1, 2])["samples"]).abs().mean() > 1e-3
