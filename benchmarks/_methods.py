@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import _baselines, _presets
-from benchmarks._lab import Lab
+from benchmarks._lab import BATCH, CFG, Lab
 from benchmarks._presets import Pair, Preset, Presets, Sweep
 from medsteer_core.operators import Operator
 from medsteer_core.pathology_vector import PathologyVector, SiteDirections
@@ -58,7 +58,7 @@ class Method:
 
 def methods(lab: Lab, vectors: Vectors, pair: Pair, presets: Presets) -> dict[str, Method]:
     """Every method and control for a pair, by name, in the order in which they are shown."""
-    ours, medsteer = presets.ours[pair.kind], presets.medsteer
+    ours, medsteer = presets.ours_for(pair), presets.medsteer
     made = [
         _steering("ours", lab, vectors, pair, ours),
         _steering("medsteer", lab, vectors, pair, medsteer),
@@ -79,13 +79,47 @@ def _steering(
     of = of or pair
 
     def run(chunk: Chunk, strength: float) -> Tensor:
-        vector = vectors.vector(of, preset.noise, preset.samples)
-        return lab.sample(steered(lab, vector, preset, strength), lab.prompt(pair.source), chunk.noise)
+        model = steered(lab, vectors.vector(of, preset.noise, preset.samples), preset, strength)
+        if preset.lock != "none" and strength != 0:  # at strength 0 there is no concept map, and nothing to lock
+            return locked(lab, model, preset, lab.prompt(pair.source), chunk.noise)
+        return lab.sample(model, lab.prompt(pair.source), chunk.noise)
 
     swept = {"strengths", "headline"}
     settings = {key: value for key, value in asdict(preset).items() if key not in swept} | {"vector": of.name}
     values, headline = (strengths, strengths[0]) if strengths else (preset.strengths, preset.headline)
-    return Method(name, "strength", values, headline, settings, run, vectors=((of, preset.noise, preset.samples),))
+    runs = 1.0 if preset.lock == "none" else 2.0 + _share_steered(preset)
+    needed = ((of, preset.noise, preset.samples),)
+    return Method(name, "strength", values, headline, settings, run, lambda value: runs, needed)
+
+
+def _share_steered(preset: Preset) -> float:
+    """About the share of the steps that fall into the steering window."""
+    return preset.end - preset.start
+
+
+@dataclass(frozen=True)
+class GivenNoise:
+    """A NOISE, as ComfyUI's sampler nodes take one, that is there already."""
+
+    noise: Tensor
+    seed: int = 0
+
+    def generate_noise(self, _latent: Mapping[str, Any]) -> Tensor:
+        return self.noise
+
+
+def locked(lab: Lab, model: Any, preset: Preset, positive: list, noise: Tensor) -> Tensor:
+    """The latents of Counterfactual Sampler's counterfactuals under the preset's lock, `BATCH` images at a time."""
+    from medsteer_core.host.counterfactual import PairRequest, sample_pair
+
+    parts = []
+    for part in noise.split(BATCH):
+        request = PairRequest(
+            positive, lab.conditioning(""), {"samples": torch.zeros_like(part)}, 0, CFG, lab.schedule,
+            lock=preset.lock, threshold=preset.lock_threshold, dilation=preset.lock_dilation, noise=GivenNoise(part),
+        )  # fmt: skip
+        parts.append(sample_pair(model, request).counterfactual)
+    return torch.cat(parts)
 
 
 def steered(lab: Lab, vector: PathologyVector, preset: Preset, strength: float) -> Any:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from medsteer_core import evaluate
+from medsteer_core import evaluate, presets
 from medsteer_core.errors import MedSteerError
 
 # First seed of each split; extraction has its own. The ranges are wider than any --n that is allowed.
@@ -71,6 +71,7 @@ class Preset:
     """A way to steer with the pair's vector (source minus target): operator, where, when, and how it is extracted.
 
     ``sites`` may be written for another depth, as ``8-15 of 28``. ``strengths`` are swept, ``headline`` is one of them.
+    ``lock``, ``lock_threshold`` and ``lock_dilation`` are Counterfactual Sampler's.
     """
 
     operator: str
@@ -83,6 +84,9 @@ class Preset:
     end: float = 1.0
     noise: str = "paired"
     samples: int = 32
+    lock: str = "none"
+    lock_threshold: float = 0.2
+    lock_dilation: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "strengths", tuple(float(value) for value in self.strengths))
@@ -91,12 +95,7 @@ class Preset:
 
     def sites_of(self, depth: int) -> str:
         """``sites`` for a model of ``depth`` blocks: those that a range of another depth falls on."""
-        span, _, of = self.sites.partition(" of ")
-        if not of:
-            return self.sites
-        first, last = (int(word) for word in span.split("-"))
-        start, stop = first * depth // int(of), -(-(last + 1) * depth // int(of))
-        return f"{start}-{stop - 1}"
+        return presets.scaled_sites(self.sites, depth)
 
     def varied(self, changes: Mapping[str, Any]) -> Preset:
         """This preset with some fields changed; a headline that is no longer swept gives way to the middle strength."""
@@ -110,14 +109,23 @@ class Preset:
         return replace(self, **changes)
 
 
+def _published(name: str, strengths: tuple[float, ...], noise: str) -> Preset:
+    """A preset of the Steer node, its strength the headline, with the noise that its method extracts with."""
+    known = presets.find_preset(name)
+    parameters = dict(known.parameters)
+    headline = parameters.pop("strength")
+    return Preset(known.operator, strengths, headline, parameters, rows=known.rows, sites=known.sites, noise=noise)
+
+
 # The published presets (METHOD: arXiv 2603.07066 and its follow-up), and ours: chosen on development seeds. Ours
 # are swept from 0, where steering gives the factual back, so that the curve begins where doing nothing is.
-MEDSTEER = Preset("suppress", (1.0, 1.5, 2.0, 3.0), 2.0, {"keep_norm": True}, noise="unpaired")
-POLYPSTEER = Preset(
-    "suppress", (1.5, 2.5, 3.5), 2.5, {"keep_norm": False}, rows="positive", sites="8-15 of 28", noise="paired"
-)
+MEDSTEER = _published(presets.MEDSTEER, (1.0, 1.5, 2.0, 3.0), noise="unpaired")
+POLYPSTEER = _published(presets.POLYPSTEER, (1.5, 2.5, 3.5), noise="paired")
+# A focal finding is taken away under a lock from its own concept map; a diffuse one is everywhere, a new one is not.
+_REMOVING = Preset("affine", (0.0, 0.5, 1.0, 1.5, 2.0, 3.0), 2.0, {"focus": 1.0}, start=0.45, noise="same state")
 OURS = {
-    "removing": Preset("affine", (0.0, 0.5, 1.0, 1.5, 2.0, 3.0), 2.0, {"focus": 1.0}, start=0.45, noise="same state"),
+    "removing": replace(_REMOVING, lock="concept map"),
+    "removing diffuse": replace(_REMOVING, headline=1.5),
     "adding": Preset(
         "affine", (0.0, 1.0, 1.5, 2.0, 2.5, 3.0), 2.0, {"focus": 1.5}, rows="positive", start=0.35, noise="same state"
     ),
@@ -131,6 +139,10 @@ class Presets:
     medsteer: Preset = MEDSTEER
     polypsteer: Preset = POLYPSTEER
     ours: Mapping[str, Preset] = field(default_factory=lambda: dict(OURS))
+
+    def ours_for(self, pair: Pair) -> Preset:
+        """Ours for a pair: by its kind, and for a diffuse finding by that where there is such a preset."""
+        return self.ours.get(f"{pair.kind} diffuse" if pair.diffuse else pair.kind, self.ours[pair.kind])
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

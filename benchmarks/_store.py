@@ -37,10 +37,11 @@ MAKING = ("benchmarks/_lab.py", "benchmarks/_baselines.py", "medsteer_core/host/
           "medsteer_core/host/pixart.py")  # fmt: skip
 STEERING = ("benchmarks/_methods.py", "medsteer_core/host/*.py",
             *(f"medsteer_core/{name}.py" for name in ("affine", "capture", "estimators", "operators", "schedule",
-                                                      "pathology_vector", "selection", "steering",
-                                                      "token_pairs")))  # fmt: skip
+                                                      "pathology_vector", "selection", "steering", "steering_rules",
+                                                      "token_map", "token_pairs")))  # fmt: skip
 SCORING = ("medsteer_core/endophantom/judges.py",
-           *(f"medsteer_core/{name}.py" for name in ("evaluate", "image_pairs", "pair_score", "regions")))  # fmt: skip
+           *(f"medsteer_core/{name}.py" for name in ("evaluate", "image_pairs", "judge", "pair_parts", "pair_score",
+                                                      "regions")))  # fmt: skip
 
 
 def digest(value: Any) -> str:

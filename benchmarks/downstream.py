@@ -42,8 +42,8 @@ POOLED = "both"
 KEY = f"{COUNTERFACTUAL} - {REPROMPTED}"
 MOST_NOTHING, LEAST_TRUE = 0.85, 0.97
 PAIR = next(pair for pair in PAIRS if (pair.source, pair.target) == (PRESENT, ABSENT))
-# steering as `bench quality` reports it; no pair is left out whatever a judge says of it
-PRESET = OURS[PAIR.kind]
+# Steer alone, without Counterfactual Sampler's lock; no pair is left out whatever a judge says of it
+PRESET = replace(OURS[PAIR.kind], lock="none")
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ def run(chosen: argparse.Namespace) -> tuple[dict[str, Any], Tensor]:
 
 def presets_of(presets: Presets, pair: Pair) -> dict[str, Preset]:
     """The presets that steer, by name (see `PRESET_OF`). Their samples and noise give way to the extraction's."""
-    return {"medsteer": presets.medsteer, "ours": presets.ours[pair.kind]}
+    return {"medsteer": presets.medsteer, "ours": presets.ours_for(pair)}
 
 
 class Bench:

@@ -1,6 +1,6 @@
-"""From the activations of two prompts to the direction between them."""
+"""From the activations of two prompts to the direction between them, by running means alone."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -28,21 +28,39 @@ def mean_difference(
     without any is left out and named in `provenance["dropped_sites"]`. Raises MedSteerError when sites, widths or
     sigmas don't match, and when the two prompts differ nowhere.
     """
+    return assemble(
+        present,
+        absent,
+        lambda name, usable: _site_directions(present[name], absent[name], usable),
+        {**provenance, "estimator": "mean_difference"},
+        flow,
+    )
+
+
+def assemble(
+    present: Statistics,
+    absent: Statistics,
+    site: Callable[[str, Tensor], SiteDirections],
+    facts: Mapping[str, Any],
+    flow: bool,
+) -> PathologyVector:
+    """The vector of the sites that differ: `site(name, usable)` gives one; `usable` (S,) says at which steps it does.
+
+    Adds `observations`, `degenerate` and `dropped_sites` to `facts`. Raises MedSteerError as `mean_difference` does.
+    """
     check_match(present, absent)
     usable = {name: _usable_steps(present[name], absent[name]) for name in present}
     kept = [name for name in present if usable[name].any()]
     if not kept:
         raise nothing_differs()
     facts = {
-        **provenance,
-        "estimator": "mean_difference",
+        **facts,
         "observations": {"present": observations(present), "absent": observations(absent)},
         "degenerate": sum(int((~usable[name]).sum()) for name in kept),
     }
     if dropped := [name for name in present if name not in kept]:
         facts["dropped_sites"] = dropped
-    sites = {name: _site_directions(present[name], absent[name], usable[name]) for name in kept}
-    return PathologyVector(sites, present[kept[0]].sigmas, facts, flow)
+    return PathologyVector({name: site(name, usable[name]) for name in kept}, present[kept[0]].sigmas, facts, flow)
 
 
 def nothing_differs() -> MedSteerError:
@@ -67,7 +85,7 @@ def _usable_steps(present: SigmaStatistics, absent: SigmaStatistics) -> Tensor:
 def _site_directions(present: SigmaStatistics, absent: SigmaStatistics, usable: Tensor) -> SiteDirections:
     difference = _difference(present, absent)
     own = difference.norm(dim=-1, keepdim=True)
-    directions = (difference / own.where(usable[:, None], 1.0))[_nearest(usable)]
+    directions = (difference / own.where(usable[:, None], 1.0))[nearest(usable)]
     means = torch.stack([present.mean, absent.mean], dim=1).double()
     return SiteDirections(
         directions=directions[:, None].float(),
@@ -78,7 +96,7 @@ def _site_directions(present: SigmaStatistics, absent: SigmaStatistics, usable: 
     )
 
 
-def _nearest(usable: Tensor) -> Tensor:
+def nearest(usable: Tensor) -> Tensor:
     """(S,) int: for each step the usable step closest to it, itself where it is usable; of two the noisier one."""
     candidates = usable.nonzero().squeeze(-1)
     distance = (torch.arange(len(usable))[:, None] - candidates).abs()

@@ -1,9 +1,4 @@
-"""What steering does to one activation tensor: pure functions, and the same as values chosen by name.
-
-`a` is (..., C), usually (rows, tokens, C); `d` is (R, C) with orthonormal rows, on the device and in the dtype of `a`.
-Nothing here casts the activation, waits for the device, or changes `a` in place.
-METHOD: suppress, ablate, add on the output of a text cross-attention (MedSteer, arXiv 2603.07066); affine is ours.
-"""
+"""The steering rules as values chosen by name: which one, with which parameters, and what it needs of a vector."""
 
 import math
 from abc import ABC, abstractmethod
@@ -11,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Protocol
 
-import torch
 from torch import Tensor
 
 from .errors import MedSteerError
+from .steering_rules import ablate, add, affine, set_point, suppress, switch
+
+TOWARD = ("present", "absent")  # in the order of a step's projections
 
 
 class Step(Protocol):
@@ -22,84 +19,10 @@ class Step(Protocol):
 
     directions: Tensor
     gaps: Tensor
+    projections: Tensor
     readers: Tensor | None
     offsets: Tensor | None
-
-
-def suppress(a: Tensor, d: Tensor, strength: float, keep_norm: bool) -> Tensor:
-    """`a - strength * sum_i max(0, a.d_i) d_i` for each token, then rescaled to the token's former norm if asked.
-
-    METHOD: suppress (arXiv 2603.07066). Tokens that point away from `d` stay as they are. At strength 2 this is a
-    reflection of every positive projection, which keeps the norm by itself, so rescaling is left out there.
-    """
-    if strength == 0:
-        return a
-    steered = _add_rows(a, (a @ d.mT).clamp_min(0), d, -strength)
-    return _restore_norm(a, steered) if keep_norm and strength != 2 else steered
-
-
-def ablate(a: Tensor, d: Tensor, keep_norm: bool) -> Tensor:
-    """`a - sum_i (a.d_i) d_i`: no token has any projection on `d` left."""
-    steered = _add_rows(a, a @ d.mT, d, -1.0)
-    return _restore_norm(a, steered) if keep_norm else steered
-
-
-def add(a: Tensor, d: Tensor, amount: Tensor, keep_norm: bool) -> Tensor:
-    """`a + sum_i amount_i d_i`, the same for every token; `amount` (R,) is signed, in the activation's own units."""
-    steered = a + amount @ d
-    return _restore_norm(a, steered) if keep_norm else steered
-
-
-def affine(
-    a: Tensor, d: Tensor, readers: Tensor, offsets: Tensor, strength: float, focus: float, keep_norm: bool
-) -> Tensor:
-    """`a - strength * gain * sum_i (readers_i.a + offsets_i) d_i`: at strength 1 what the absent prompt would give.
-
-    `readers` (R, C) and `offsets` (R,) predict, from the activation itself, its coordinates along `d` of what the
-    prompt put into it. So unlike `suppress` each token loses its own amount, in a direction of its own within the
-    span of `d`. A relative is affine steering (Singh et al. 2024, "Representation Surgery", arXiv 2402.09631), which
-    maps one class's mean and covariance onto the other's. Ours is another map: an oblique one of low rank, fitted by
-    regression on both prompts' activations at the same state (see affine.py).
-
-    With `focus` 0 the gain is 1. Else it is `e / (e + focus**2 * mean(e))`, where e is a token's squared change and the
-    mean is over the row's tokens (Wiener's gain with that share of the mean as noise): tokens in which little would
-    change, as outside a focal finding, are left nearly as they are.
-    """
-    if strength == 0:
-        return a
-    # The offset is added before the sum is rounded: in half precision the two mostly cancel.
-    amounts = torch.addmm(offsets, a.reshape(-1, a.shape[-1]), readers.mT)
-    if focus:
-        amounts = amounts * _wiener_gain(amounts.view(*a.shape[:-1], -1), focus).reshape(-1, 1)
-    steered = _add_rows(a, amounts, d, -strength)
-    return _restore_norm(a, steered) if keep_norm else steered
-
-
-def _wiener_gain(amounts: Tensor, focus: float) -> Tensor:
-    """`e / (e + focus**2 * mean(e))` for each token, (..., tokens, 1), in the dtype of `amounts` (..., tokens, R)."""
-    energy = amounts.float().square().sum(dim=-1, keepdim=True)  # a half-precision square overflows
-    noise = focus**2 * energy.mean(dim=-2, keepdim=True)
-    return (energy / (energy + noise).clamp_min(torch.finfo(energy.dtype).tiny)).to(amounts.dtype)
-
-
-def _add_rows(a: Tensor, coefficients: Tensor, d: Tensor, scale: float) -> Tensor:
-    """`a + scale * coefficients @ d` in one kernel; coefficients (..., R)."""
-    channels, rank = a.shape[-1], d.shape[0]
-    return torch.addmm(a.reshape(-1, channels), coefficients.reshape(-1, rank), d, alpha=scale).view(a.shape)
-
-
-def _restore_norm(a: Tensor, steered: Tensor) -> Tensor:
-    """`steered` with each token rescaled to the norm it has in `a`.
-
-    A token of which nothing but rounding is left (it was zero, or lay wholly along the direction) is not rescaled:
-    that would blow the rounding up to a random direction of full length.
-    """
-    wide = torch.promote_types(a.dtype, torch.float32)  # a half-precision sum of squares overflows
-    before = torch.linalg.vector_norm(a, dim=-1, keepdim=True, dtype=wide)
-    after = torch.linalg.vector_norm(steered, dim=-1, keepdim=True, dtype=wide)
-    ratio = before / after.clamp_min(torch.finfo(wide).tiny)
-    meaningful = after > 4 * torch.finfo(a.dtype).eps * before
-    return steered * torch.where(meaningful, ratio, 1.0).to(a.dtype)
+    target: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -107,7 +30,11 @@ class Operator(ABC):
     """A steering rule with its parameters. Call it with an activation and a step of the vector."""
 
     name: ClassVar[str] = ""
-    needs_readers: ClassVar[bool] = False  # whether only vectors with readers will do
+    # What only some vectors have, and this operator can't do without:
+    needs_readers: ClassVar[bool] = False  # readers and offsets
+    needs_gaps: ClassVar[bool] = False  # how far apart the class means are
+    needs_class_means: ClassVar[bool] = False  # where the class means are along the directions
+    needs_target: ClassVar[bool] = False  # a second vector, whose directions are the step's target
 
     @property
     def is_identity(self) -> bool:
@@ -160,20 +87,66 @@ class Add(Operator):
     """Move every token by `strength` class gaps toward the finding (`present`) or away from it (`absent`)."""
 
     name: ClassVar[str] = "add"
+    needs_gaps: ClassVar[bool] = True
     strength: float = 1.0
     toward: str = "present"
     keep_norm: bool = False
 
     def __post_init__(self) -> None:
         _check_strength(self)
-        if self.toward not in ("present", "absent"):
-            raise MedSteerError(f"add: toward is {self.toward!r}; 'present' or 'absent' was expected.")
+        _check_toward(self)
 
     def __call__(self, a: Tensor, step: Step) -> Tensor:
         if self.is_identity:
             return a
         signed = self.strength if self.toward == "present" else -self.strength
         return add(a, step.directions, signed * step.gaps, self.keep_norm)
+
+
+@dataclass(frozen=True)
+class SetPoint(Operator):
+    """Move every token's projection to a class's mean: 0 leaves it, 1 is that mean, beyond exaggerates."""
+
+    name: ClassVar[str] = "set"
+    needs_class_means: ClassVar[bool] = True
+    strength: float = 1.0
+    toward: str = "absent"
+    keep_norm: bool = False
+
+    def __post_init__(self) -> None:
+        _check_strength(self)
+        _check_toward(self)
+
+    def __call__(self, a: Tensor, step: Step) -> Tensor:
+        if self.is_identity:
+            return a
+        means = step.projections[TOWARD.index(self.toward)]
+        return set_point(a, step.directions, means, self.strength, self.keep_norm)
+
+
+@dataclass(frozen=True)
+class Switch(Operator):
+    """Take `strength` times every positive projection away and add as much along a second vector's direction."""
+
+    name: ClassVar[str] = "switch"
+    needs_target: ClassVar[bool] = True
+    strength: float = 1.0
+    keep_norm: bool = False
+
+    def __post_init__(self) -> None:
+        _check_strength(self)
+
+    def __call__(self, a: Tensor, step: Step) -> Tensor:
+        if self.is_identity:
+            return a
+        if step.target is None:
+            raise needs_second_vector(self.name)
+        if step.target.shape != step.directions.shape:
+            raise MedSteerError(
+                f"switch: the target vector has {_counted(step.target)} a step, and the source vector "
+                f"{_counted(step.directions)}; the same was expected. Use two vectors of one model and one rank."
+            )
+        return switch(a, step.directions, step.target, self.strength, self.keep_norm)
 
 
 @dataclass(frozen=True)
@@ -203,7 +176,7 @@ class Affine(Operator):
         return affine(a, step.directions, step.readers, step.offsets, self.strength, self.focus, self.keep_norm)
 
 
-OPERATORS: dict[str, type[Operator]] = {kind.name: kind for kind in (Suppress, Ablate, Add, Affine)}
+OPERATORS: dict[str, type[Operator]] = {kind.name: kind for kind in (Suppress, Ablate, Add, SetPoint, Switch, Affine)}
 
 
 def needs_same_state(operator: str) -> MedSteerError:
@@ -211,6 +184,22 @@ def needs_same_state(operator: str) -> MedSteerError:
     return MedSteerError(
         f"The operator '{operator}' needs a vector that was extracted with noise 'same state', and this vector was "
         "not. Set noise to 'same state' in Extract Pathology Vector and extract it again, or choose another operator."
+    )
+
+
+def needs_second_vector(operator: str) -> MedSteerError:
+    """The error for an operator that goes from one finding to another, and was given one vector only."""
+    return MedSteerError(
+        f"The operator '{operator}' needs a second vector, the target whose finding takes the first one's place, and "
+        "none was given. Connect one to the input 'target', or choose another operator."
+    )
+
+
+def needs_statistics(operator: str) -> MedSteerError:
+    """The error for an operator that counts in class units, and a vector that does not know its classes."""
+    return MedSteerError(
+        f"The operator '{operator}' counts in units of the two classes' means, and this vector does not have them: it "
+        "was imported or combined. Choose suppress or ablate, or extract the vector from this model."
     )
 
 
@@ -227,6 +216,15 @@ def make_operator(name: str, **parameters: Any) -> Operator:
 
 def _check_strength(operator: Operator) -> None:
     _check_number(operator, "strength")
+
+
+def _check_toward(operator: Operator) -> None:
+    if (given := operator.toward) not in TOWARD:
+        raise MedSteerError(f"{operator.name}: toward is {given!r}; 'present' or 'absent' was expected.")
+
+
+def _counted(directions: Tensor) -> str:
+    return f"{directions.shape[0]} directions of {directions.shape[1]} channels"
 
 
 def _check_number(operator: Operator, name: str) -> None:

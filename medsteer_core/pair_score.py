@@ -1,23 +1,33 @@
-"""The score of a pair: its criteria and limits, and how the judges' verdict and the pixels become its numbers.
+"""The score of a pair: its criteria and limits, and how the judges' opinion and the pixels become its numbers.
 
-Nothing here asks a judge or draws anything; `evaluate` does, and checks what it is given.
+Nothing here asks a judge or draws anything; `evaluate` does, and checks what it is given. The limits here are those of
+EndoPhantom's judges; a judge from files has its own terms.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .endophantom.judges import LABELS, Verdict
+from .endophantom.judges import LABELS
 from .endophantom.judges import SIZE as JUDGE_SIZE
-from .endophantom.phantom import FINDINGS
-from .image_pairs import SSIM_WINDOW, changed, psnr, ssim_map
-from .regions import dilated, lit_field, mean_where, overlap, share, share_of
+from .endophantom.phantom import CLASSES, FINDINGS
+from .image_pairs import ssim_map
+from .judge import Answers, Opinion, Terms
+from .pair_parts import (
+    DISTANCE_LIMIT,
+    FINDING_NUMBERS,
+    OUTSIDE_NUMBERS,
+    findings,
+    halves,
+    labels,
+    nothing,
+    outside,
+    pixels,
+)
 
 FINDINGS_OF: dict[str, tuple[str, ...]] = {
     "dyed lifted polyps": ("polyp", "dye"),
@@ -35,12 +45,18 @@ DIFFUSE = ("erosions",)
 FINDING_LEFT_LIMIT = 0.003
 # A finding is there from this share of the picture on: half of what the smallest in renders covers (0.02).
 FINDING_FOUND_LIMIT = 0.01
-# From here on an image is unlike any render: 1 is the 99th percentile of held-out renders (`judges.Distance`).
-DISTANCE_LIMIT = 1.0
-# With more of the field masked than this, too little is outside for a fair number: there is none, and no flip.
-MASK_LIMIT = 0.4
 # The segmenter sees 64x64 pixels; its edges are uncertain by about two of them.
 MASK_MARGIN = 2 / JUDGE_SIZE
+ENDOPHANTOM = Terms(
+    labels=LABELS,
+    classes=CLASSES,
+    findings=FINDINGS,
+    findings_of=FINDINGS_OF,
+    diffuse=DIFFUSE,
+    left_limit=FINDING_LEFT_LIMIT,
+    found_limit=FINDING_FOUND_LIMIT,
+    mask_margin=MASK_MARGIN,
+)
 # What a pair can miss to be a flip, in the order of `PairScore.misses`.
 CRITERIA = ("label", "finding left", "finding not added", "distance", "mask")
 _DECIDING = ("counterfactual_label", "finding_left", "finding_added", "distance", "ssim_outside")
@@ -65,6 +81,12 @@ class PairScore:
     the factual's lit field (not of the picture) under either mask, without the margin. ``anatomy_drifts`` are the
     regressed factors' absolute differences in held-out errors, in the order of `Judges.factors`, ``anatomy_drift``
     their mean. ``off_target_drift`` is the sum of probability changes of all labels but source and target.
+
+    The last four are of judges from files and None or empty for EndoPhantom's: ``judge``, the judge's identity;
+    ``not_judged``, each part that it could not judge and why, in words: the numbers of such a part are None, its
+    criteria are not among ``misses``, and ``accepted`` and ``flipped`` say nothing of it; ``removes``, whether a
+    finding should go; ``structure``, the number that says how well structure was kept. The last two are None where
+    that is unknown.
     """
 
     source: str
@@ -73,11 +95,11 @@ class PairScore:
     counterfactual_label: str
     source_probability: tuple[float, float]
     target_probability: tuple[float, float]
-    distance: tuple[float, float]
-    finding_before: float
-    finding_after: float
-    finding_left: float
-    finding_gone: bool
+    distance: tuple[float, float] | None
+    finding_before: float | None
+    finding_after: float | None
+    finding_left: float | None
+    finding_gone: bool | None
     finding_kept: bool | None
     kept_overlap: float | None
     finding_added: bool | None
@@ -86,134 +108,107 @@ class PairScore:
     misses: tuple[str, ...]
     ssim_outside: float | None
     psnr_outside: float | None
-    mask_fraction: float
-    outside_fraction: float
-    anatomy_drift: float
-    anatomy_drifts: tuple[float, ...]
+    mask_fraction: float | None
+    outside_fraction: float | None
+    anatomy_drift: float | None
+    anatomy_drifts: tuple[float, ...] | None
     off_target_drift: float
     ssim: float
     changed_fraction: float
     identical: bool
+    judge: str | None = None
+    not_judged: tuple[str, ...] = ()
+    removes: bool | None = None
+    structure: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The score for JSON, numbers rounded to four decimals."""
-        return {name: rounded(value) for name, value in asdict(self).items()}
+        """The score for JSON, numbers rounded to four decimals; EndoPhantom's without what tells of the judge."""
+        left_out = () if self.judge else _OF_THE_JUDGE
+        return {name: rounded(value) for name, value in asdict(self).items() if name not in left_out}
 
 
-def scores_of(a: Tensor, b: Tensor, verdict: Verdict, source: str, target: str) -> list[PairScore]:
-    """Scores of pairs ``a``, ``b (n, 3, H, W)`` in 0..1, given the judges' verdict on all ``2n`` images, ``a`` first.
+_OF_THE_JUDGE = ("judge", "not_judged", "removes", "structure")
+
+
+def scores_of(
+    a: Tensor,
+    b: Tensor,
+    opinion: Opinion,
+    source: str,
+    target: str,
+    terms: Terms = ENDOPHANTOM,
+    identity: str | None = None,
+) -> list[PairScore]:
+    """Scores of pairs ``a``, ``b (n, 3, H, W)`` in 0..1, given the judge's opinion of all ``2n`` images, ``a`` first,
+    in its ``terms``. ``identity`` is of a judge from files.
 
     Classes and images are taken as they are; `evaluate` checks them.
     """
-    before, after = _halves(verdict)
-    columns = _labels(before, after, source, target) | _findings(before, after, source, target)
-    columns |= _structure(a, b, before, after, source, target)
-    columns["misses"] = [_missed(*row, target) for row in zip(*(columns[name] for name in _DECIDING), strict=True)]
+    before, after = halves(opinion)
+    found = before.masks is not None and not terms.unknown_findings((source, target))
+    columns = labels(before, after, source, target, terms)
+    columns |= findings(before, after, source, target, terms) if found else nothing(len(a), FINDING_NUMBERS)
+    ssim = ssim_map(a, b)
+    columns |= pixels(a, b, ssim)
+    columns |= outside(a, b, ssim, before, after, source, target, terms) if found else nothing(len(a), OUTSIDE_NUMBERS)
+    deciding = zip(*(columns[name] for name in _DECIDING), strict=True)
+    columns["misses"] = [_missed(*row, target, terms) for row in deciding]
     columns["flipped"] = [not missed for missed in columns["misses"]]
-    rows = zip(*columns.values(), strict=True)
-    return [PairScore(source=source, target=target, **dict(zip(columns, row, strict=True))) for row in rows]
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    record = _of_the_judge(before, source, target, terms, identity, found) if identity else {}
+    return [PairScore(source=source, target=target, **row, **record) for row in rows]
 
 
 def structure_measure(source: str, target: str) -> str:
-    """The number that says how well structure was kept: ``anatomy_drift`` where a diffuse finding comes or goes,
-    ``ssim_outside`` elsewhere."""
-    changing = set(FINDINGS_OF[source]) ^ set(FINDINGS_OF[target])
-    return "anatomy_drift" if changing & set(DIFFUSE) else "ssim_outside"
-
-
-def _missed(
-    label: str, left: float, added: bool | None, distance: tuple[float, float], outside: float | None, target: str
-) -> tuple[str, ...]:
-    """The criteria that a counterfactual does not meet."""
-    # "not below" instead of "above": a distance that is not a number is no render's
-    found = (
-        label != target,
-        left >= FINDING_LEFT_LIMIT,
-        added is False,
-        not distance[1] < DISTANCE_LIMIT,
-        outside is None,
-    )
-    return tuple(name for name, missed in zip(CRITERIA, found, strict=True) if missed)
-
-
-def _labels(before: Verdict, after: Verdict, source: str, target: str) -> dict[str, list]:
-    """What the classifier, its distance and the regressors say."""
-    rest = [i for i, label in enumerate(LABELS) if label not in (source, target)]
-    drifts = (after.anatomy - before.anatomy).abs()
-    near = (before.distances < DISTANCE_LIMIT).tolist()
-    return {
-        "factual_label": before.labels,
-        "counterfactual_label": after.labels,
-        "source_probability": _both(before.probability(source), after.probability(source)),
-        "target_probability": _both(before.probability(target), after.probability(target)),
-        "distance": _both(before.distances, after.distances),
-        # a factual unlike any render is not of the source class, whatever the classifier must call it
-        "accepted": [label == source and close for label, close in zip(before.labels, near, strict=True)],
-        "anatomy_drift": drifts.mean(1).tolist(),
-        "anatomy_drifts": [tuple(row) for row in drifts.tolist()],
-        "off_target_drift": (after.probabilities - before.probabilities)[:, rest].abs().sum(1).tolist(),
-    }
-
-
-def _findings(before: Verdict, after: Verdict, source: str, target: str) -> dict[str, list]:
-    """What the segmenter says of findings that should go, stay and come."""
-    shared = [name for name in FINDINGS_OF[source] if name in FINDINGS_OF[target]]
-    new, n = only_in(target, source), len(after.masks)
-    shares = {name: share(_union(after, [name])) for name in FINDINGS}
-    removed = [shares[name] for name in only_in(source, target)]
-
-    def found(names: Iterable[str]) -> list[bool]:
-        return [all(shares[name][item] >= FINDING_FOUND_LIMIT for name in names) for item in range(n)]
-
-    return {
-        "finding_before": share(_union(before, FINDINGS_OF[source])),
-        "finding_after": share(_union(after, FINDINGS_OF[source])),
-        "finding_left": share(_union(after, [name for name in FINDINGS if name not in FINDINGS_OF[target]])),
-        "finding_gone": [all(of[item] < FINDING_LEFT_LIMIT for of in removed) for item in range(n)],
-        "finding_kept": found(shared) if shared else [None] * n,
-        "kept_overlap": overlap(_union(before, shared), _union(after, shared)),
-        "finding_added": found(new) if new else [None] * n,
-    }
-
-
-def _structure(a: Tensor, b: Tensor, before: Verdict, after: Verdict, source: str, target: str) -> dict[str, list]:
-    """What changed in the pixels, over the whole picture and outside the findings."""
-    # Only findings the pair is about are left out: an artefact that looks like another one counts as damage.
-    concerned = (*FINDINGS_OF[source], *FINDINGS_OF[target])
-    masks = _union(before, concerned) | _union(after, concerned)
-    covered = share_of(masks, lit_field(a))
-    outside = ~dilated(masks, round(MASK_MARGIN * min(a.shape[-2:])) + SSIM_WINDOW // 2)
-    fair = outside & (torch.tensor(covered) <= MASK_LIMIT).view(-1, 1, 1)
-    ssim, square = ssim_map(a, b), (a - b).square().mean(1)
-    return {
-        "ssim_outside": [mean_where(*item) for item in zip(ssim, fair, strict=True)],
-        "psnr_outside": [psnr(mean_where(*item)) for item in zip(square, fair, strict=True)],
-        "mask_fraction": covered,
-        "outside_fraction": share(outside),
-        "ssim": ssim.mean((1, 2)).tolist(),
-        "changed_fraction": changed((a - b).abs()).tolist(),
-        "identical": [torch.equal(*pair) for pair in zip(a, b, strict=True)],
-    }
+    """`Terms.structure_measure` of EndoPhantom's classes."""
+    return ENDOPHANTOM.structure_measure(source, target)
 
 
 def only_in(first: str, second: str) -> list[str]:
-    """The findings that class ``first`` has and ``second`` lacks."""
-    return [name for name in FINDINGS_OF[first] if name not in FINDINGS_OF[second]]
+    """`Terms.only_in` of EndoPhantom's classes."""
+    return ENDOPHANTOM.only_in(first, second)
 
 
-def _halves(verdict: Verdict) -> tuple[Verdict, Verdict]:
-    """A verdict on factuals and counterfactuals, in two."""
-    parts = {field.name: getattr(verdict, field.name).chunk(2) for field in fields(verdict)}
-    return tuple(replace(verdict, **{name: part[half] for name, part in parts.items()}) for half in (0, 1))
+def _of_the_judge(
+    opinion: Answers, source: str, target: str, terms: Terms, identity: str, found: bool
+) -> dict[str, Any]:
+    """What a score says of its judge: which it is, what it could not judge and why."""
+    missing = []
+    if opinion.masks is None:
+        missing.append("findings and the outside of them: the judge has no segmenter")
+    elif not found:
+        names = ", ".join(f"'{name}'" for name in terms.unknown_findings((source, target)))
+        missing.append(f"findings and the outside of them: the judge's segmenter does not mark what {names} shows")
+    if opinion.distances is None:
+        missing.append("distance: the judge does not tell how unlike its training images an image is")
+    if opinion.anatomy is None:
+        missing.append("anatomy: the judge has no regressors of the anatomy")
+    structure = terms.structure_measure(source, target) if found else None
+    if structure == "anatomy_drift" and opinion.anatomy is None:
+        structure = None
+    removes = bool(terms.only_in(source, target)) if found else None
+    return {"judge": identity, "not_judged": tuple(missing), "removes": removes, "structure": structure}
 
 
-def _union(verdict: Verdict, findings: Iterable[str]) -> Tensor:
-    """Where any of ``findings`` is, (n, H, W) bool."""
-    return (verdict.masks[:, [FINDINGS.index(name) for name in findings]] > 0.5).any(1)
-
-
-def _both(before: Tensor, after: Tensor) -> list[tuple[float, float]]:
-    return list(zip(before.tolist(), after.tolist(), strict=True))
+def _missed(
+    label: str,
+    left: float | None,
+    added: bool | None,
+    distance: tuple[float, float] | None,
+    outside: float | None,
+    target: str,
+    terms: Terms,
+) -> tuple[str, ...]:
+    """The criteria that a counterfactual does not meet; what was not judged is None and no miss."""
+    # "not below" instead of "above": a distance that is not a number is no render's
+    found = (
+        label != target,
+        left is not None and left >= terms.left_limit,
+        added is False,
+        distance is not None and not distance[1] < DISTANCE_LIMIT,
+        left is not None and outside is None,
+    )
+    return tuple(name for name, missed in zip(CRITERIA, found, strict=True) if missed)
 
 
 def rounded(value: Any) -> Any:

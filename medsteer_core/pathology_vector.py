@@ -50,7 +50,8 @@ SITE_FIELDS = tuple(entry.name for entry in fields(SiteDirections) if entry.name
 class StepDirection:
     """One site at one sigma: directions (R, C), gaps (R,), projections (2, R) of [present, absent].
 
-    readers (R, C) and offsets (R,) where the vector has them.
+    readers (R, C) and offsets (R,) where the vector has them; target (R, C): a second vector's directions, for the
+    operators that go from one finding to another. No vector holds it: whoever pairs two vectors sets it.
     """
 
     directions: Tensor
@@ -58,6 +59,7 @@ class StepDirection:
     projections: Tensor
     readers: Tensor | None = None
     offsets: Tensor | None = None
+    target: Tensor | None = None
 
     def cast(self, device: torch.device, dtype: torch.dtype) -> "StepDirection":
         """The same on another device and dtype. (Not `to`: ComfyUI calls that on whatever has it.)"""

@@ -1,7 +1,7 @@
 """Steering plans: which operator acts with which vector, at which sites, when in the schedule, on which rows."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -66,6 +66,15 @@ class SteeringPlan:
         """This plan with `steering` after it."""
         return SteeringPlan((*self.steerings, steering))
 
+    def scaled(self, multiple: float) -> "SteeringPlan":
+        """This plan with every operator's strength times `multiple`; 1 is this plan.
+
+        Raises MedSteerError for an operator without a strength.
+        """
+        if multiple == 1:
+            return self
+        return SteeringPlan(tuple(_scaled(steering, multiple) for steering in self.steerings))
+
     @property
     def sites(self) -> tuple[str, ...]:
         """The sites that something can change, in execution order; () for a plan that changes nothing."""
@@ -73,6 +82,16 @@ class SteeringPlan:
         touched = {site for steering in active for site in steering.sites}
         order = dict.fromkeys(site for steering in active for site in steering.vector.site_names)
         return tuple(site for site in order if site in touched)
+
+
+def _scaled(steering: Steering, multiple: float) -> Steering:
+    operator = steering.operator
+    if not hasattr(operator, "strength"):
+        raise MedSteerError(
+            f"The operator {operator.name} has no strength, so {multiple:g} times it is nothing. Write 1, or steer "
+            "with another operator."
+        )
+    return replace(steering, operator=replace(operator, strength=operator.strength * multiple))
 
 
 def apply_steering(activation: Tensor, operator: Operator, step: Step, rows: RowRanges = None) -> Tensor:
@@ -152,12 +171,12 @@ class PreparedPlan:
             for site in steering.sites
         }
 
-    def apply(self, site: str, activation: Tensor, rows: RowNames) -> Tensor:
+    def apply(self, site: str, activation: Tensor, rows: RowNames, everything: RowRanges = None) -> Tensor:
         """`activation` (rows, tokens, C) of `site` after every steering that acts now, in the plan's order.
 
         `rows` tells where a named cond's rows are in this call: a mapping or a function from name to ranges (None:
-        every row; empty or missing: none, as in a call that holds only the other cond). `all` is not looked up.
-        Raises MedSteerError when the activation's width is not the vector's.
+        every row; empty or missing: none, as in a call that holds only the other cond). `all` is not looked up: it is
+        the rows `everything` (None: every row). Raises MedSteerError when the activation's width is not the vector's.
         """
         if self._step is None:
             raise RuntimeError("prepare() comes before apply()")
@@ -167,7 +186,7 @@ class PreparedPlan:
             if step is None:
                 continue
             _check_width(site, activation, step)
-            steered = apply_steering(activation, steering.operator, step, _ranges(rows, steering.rows))
+            steered = apply_steering(activation, steering.operator, step, _ranges(rows, steering.rows, everything))
             self.touches[index] += steered is not activation
             activation = steered
         return activation
@@ -178,9 +197,9 @@ class PreparedPlan:
         return tuple(steering for steering, count in pairs if count == 0 and not steering.operator.is_identity)
 
 
-def _ranges(rows: RowNames, name: str) -> RowRanges:
+def _ranges(rows: RowNames, name: str, everything: RowRanges) -> RowRanges:
     if name == ALL_ROWS:
-        return None
+        return everything
     return rows(name) if callable(rows) else rows.get(name, ())
 
 

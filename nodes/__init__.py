@@ -4,19 +4,29 @@ from comfy_api.latest import ComfyExtension, io
 
 from ..medsteer_core.host.embedded import register_vae
 from ..medsteer_core.host.vector_folder import register_folder
+from .combine import CombineVectors
 from .counterfactual import CounterfactualCompare
 from .extract import ExtractPathologyVector
 from .load import LoadDiT, LoadEndoPhantom
+from .lora import LoadPEFTLoRA
+from .sampler import CounterfactualSampler
+from .schedule import PixArtSigmas
 from .steer import Steer
-from .vectors import LoadPathologyVector, SavePathologyVector
+from .vectors import ExportPathologyVector, ImportPathologyVector, LoadPathologyVector, SavePathologyVector
 
 NODES: list[type[io.ComfyNode]] = [
     LoadEndoPhantom,
     LoadDiT,
+    LoadPEFTLoRA,
     ExtractPathologyVector,
     SavePathologyVector,
     LoadPathologyVector,
+    ImportPathologyVector,
+    ExportPathologyVector,
+    CombineVectors,
+    PixArtSigmas,
     Steer,
+    CounterfactualSampler,
     CounterfactualCompare,
 ]
 

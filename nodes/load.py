@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..medsteer_core.host.checkpoints import WEIGHT_DTYPES, load_dit, model_names
+from ..medsteer_core.host.checkpoints import AUTO, FAMILIES, WEIGHT_DTYPES, load_described, model_names
 from ..medsteer_core.host.embedded import load_endophantom
+from ..medsteer_core.host.notes import note
 from .types import CATEGORY
 
 
@@ -37,13 +38,19 @@ class LoadDiT(io.ComfyNode):
             node_id="MedSteer_LoadDiT",
             display_name="Load DiT",
             category=f"{CATEGORY}/loaders",
-            description="Loads a cross-attention diffusion transformer (PixArt) that can be steered.",
+            description=(
+                "Loads a cross-attention diffusion transformer that can be steered: PixArt in ComfyUI's or diffusers' "
+                "format, in one file or in shards."
+            ),
             search_aliases=["pixart", "diffusion transformer", "load diffusion model", "unet loader"],
             inputs=[
                 io.Combo.Input(
                     "model_name",
                     options=model_names(),
-                    tooltip="A model file in models/diffusion_models or models/checkpoints.",
+                    tooltip=(
+                        "A model in models/diffusion_models or models/checkpoints. One in shards stands as its "
+                        ".safetensors.index.json."
+                    ),
                 ),
                 io.Combo.Input(
                     "weight_dtype",
@@ -51,10 +58,23 @@ class LoadDiT(io.ComfyNode):
                     default="default",
                     tooltip="Number type of the weights in memory. fp8 halves memory and loses some precision.",
                 ),
+                io.Combo.Input(
+                    "family",
+                    options=list(FAMILIES),
+                    default=AUTO,
+                    optional=True,
+                    tooltip=(
+                        "Which PixArt it is, and so which VAE's latent scale it has: SD 1.5's for alpha, SDXL's for "
+                        "Sigma. auto reads it from the file and says on the node what it found."
+                    ),
+                ),
             ],
             outputs=[io.Model.Output("model", tooltip="The model, for Extract Pathology Vector, Steer and KSampler.")],
+            hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod
-    def execute(cls, model_name: str, weight_dtype: str) -> io.NodeOutput:
-        return io.NodeOutput(load_dit(model_name, weight_dtype))
+    def execute(cls, model_name: str, weight_dtype: str, family: str = AUTO) -> io.NodeOutput:
+        loaded = load_described(model_name, weight_dtype, family)
+        return io.NodeOutput(loaded.model, ui=note(loaded.text, cls.hidden.unique_id))

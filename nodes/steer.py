@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..medsteer_core.host.notes import note
 from ..medsteer_core.host.steer import steer
+from ..medsteer_core.presets import CUSTOM, PRESETS
 from .types import CATEGORY, Vector
 
 KEEP_NORM = "Rescale every steered token to its former length."
@@ -115,6 +116,16 @@ class Steer(io.ComfyNode):
                     default="all",
                     tooltip="Which conditionings are steered: all, positive, negative, or another name of the guider.",
                 ),
+                io.Combo.Input(
+                    "preset",
+                    options=[CUSTOM, *PRESETS],
+                    default=CUSTOM,
+                    optional=True,
+                    tooltip=(
+                        "A published method instead of operator, sites and rows, which then don't count; the window "
+                        "stays. custom: the other inputs count."
+                    ),
+                ),
             ],
             outputs=[io.Model.Output("model", tooltip="The steered model, for KSampler. Steer nodes can be chained.")],
             hidden=[io.Hidden.unique_id],
@@ -131,8 +142,9 @@ class Steer(io.ComfyNode):
         sites: str,
         rows: str,
         operator: dict[str, Any] | None = None,
+        preset: str = CUSTOM,
     ) -> io.NodeOutput:
         parameters = dict(operator or {})  # ComfyUI passes nothing for an operator that it does not know
         name = parameters.pop("operator", None)
-        steered, text = steer(model, vector, name, parameters, start_percent, end_percent, sites, rows)
+        steered, text = steer(model, vector, name, parameters, start_percent, end_percent, sites, rows, preset)
         return io.NodeOutput(steered, ui=note(text, cls.hidden.unique_id))

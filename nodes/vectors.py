@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..medsteer_core.host import vector_folder
+from ..medsteer_core.host import reference_import, vector_folder
 from ..medsteer_core.host.notes import note
+from ..medsteer_core.reference_vectors import describe_imported, is_imported
 from ..medsteer_core.summary import describe
 from .types import CATEGORY, Vector
 
@@ -71,4 +72,95 @@ class LoadPathologyVector(io.ComfyNode):
     @classmethod
     def execute(cls, vector_name: str) -> io.NodeOutput:
         vector = vector_folder.load(vector_name)
-        return io.NodeOutput(vector, ui=note(describe(vector), cls.hidden.unique_id))
+        summary = describe_imported(vector) if is_imported(vector) else describe(vector)
+        return io.NodeOutput(vector, ui=note(summary, cls.hidden.unique_id))
+
+
+class ImportPathologyVector(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MedSteer_ImportPathologyVector",
+            display_name="Import Pathology Vector",
+            category=f"{CATEGORY}/vectors",
+            description="Reads a vector that the published code wrote: MedSteer's .pickle or PolypSteer's .npz.",
+            search_aliases=["load pickle", "load npz", "polypsteer", "published vector", "steering vector"],
+            inputs=[
+                io.Combo.Input(
+                    "file_name",
+                    options=vector_folder.reference_names(),
+                    tooltip=(
+                        "A .pickle, .pkl or .npz file in models/medsteer, or an uploaded one in the input folder. No "
+                        "code in it is run."
+                    ),
+                ),
+                io.Model.Input(
+                    "model",
+                    tooltip="The model that the file was made with: it gives the blocks their names and widths.",
+                ),
+                io.Combo.Input(
+                    "schedule",
+                    options=reference_import.SCHEDULES,
+                    default=reference_import.SCHEDULES[0],
+                    tooltip="The noise schedule that the file was made with; the file does not hold it.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=20,
+                    min=1,
+                    max=10000,
+                    tooltip="Denoising steps that the file was made with; the published code takes 20.",
+                ),
+                io.Sigmas.Input("sigmas", optional=True, tooltip="Overrides schedule and steps."),
+            ],
+            outputs=[
+                Vector.Output("vector", tooltip="The pathology vector, for Steer (suppress, ablate) and Save."),
+                io.String.Output("summary", tooltip="What the file says, and what was assumed."),
+            ],
+            hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
+        )
+
+    @classmethod
+    def validate_inputs(cls, file_name: str | None) -> bool | str:
+        # None: linked to another node, so not known yet
+        return file_name is None or vector_folder.reference_problem(file_name) or True
+
+    @classmethod
+    def fingerprint_inputs(cls, file_name: str | None, **_others) -> str:
+        return "" if file_name is None else vector_folder.reference_hash(file_name)
+
+    @classmethod
+    def execute(cls, file_name: str, model, schedule: str, steps: int, sigmas=None) -> io.NodeOutput:
+        vector = reference_import.import_vector(model, file_name, schedule, steps, sigmas)
+        summary = describe_imported(vector)
+        return io.NodeOutput(vector, summary, ui=note(summary, cls.hidden.unique_id))
+
+
+class ExportPathologyVector(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MedSteer_ExportPathologyVector",
+            display_name="Export Pathology Vector",
+            category=f"{CATEGORY}/vectors",
+            description="Writes a vector's directions to models/medsteer as PolypSteer's .npz, for the published code.",
+            search_aliases=["save npz", "polypsteer", "convert vector"],
+            inputs=[
+                Vector.Input("vector", tooltip="A vector with one direction a block and step."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="polyps",
+                    tooltip="Start of the file name; may hold subfolders, such as colon/polyps.",
+                ),
+            ],
+            outputs=[io.String.Output("path", tooltip="The file's name in models/medsteer.")],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, vector, filename_prefix: str) -> io.NodeOutput:
+        name = vector_folder.export(vector, filename_prefix)
+        text = f"Exported as models/medsteer/{name}. It holds directions only: note the schedule that they belong to."
+        return io.NodeOutput(name, ui=note(text, cls.hidden.unique_id))

@@ -22,9 +22,9 @@ from ..pathology_vector import PathologyVector
 from ..token_pairs import SIDES, PairedActivations, pairs_that_fit
 from . import sampling
 from .fingerprint import fingerprint
-from .patch import observed, output_width, plan_of
+from .patch import observed, plan_of
 from .sampling import Schedule
-from .sites import find_sites
+from .sites import find_sites, output_width
 
 PAIRED, UNPAIRED, SAME_STATE = "paired", "unpaired", "same state"
 UNKNOWN_WIDTH = 4096  # what a site is reckoned with whose class does not say its width
@@ -56,10 +56,11 @@ def extract(model: ModelPatcher, request: Request) -> PathologyVector:
     noises of the seed. With noise ``same state`` by regression instead (affine.py): ``samples`` images in all, half of
     each prompt, and at every state of theirs the other prompt is evaluated too. Progress counts samples x steps.
     """
-    if len(request.latent["samples"]) != 1:
+    batch = request.latent["samples"].shape[0]
+    if batch != 1:
         raise MedSteerError(
-            f"latent_image has a batch of {len(request.latent['samples'])}; a batch of 1 was expected, since only its "
-            "shape counts here. Set batch_size to 1 and use `samples` instead."
+            f"latent_image has a batch of {batch}; a batch of 1 was expected, since only its shape counts here. Set "
+            "batch_size to 1 and use `samples` instead."
         )
     if request.noise not in (PAIRED, UNPAIRED, SAME_STATE):
         raise MedSteerError(f"noise is '{request.noise}'; 'paired', 'unpaired' or 'same state' was expected.")
@@ -91,7 +92,8 @@ class _Progress:
         def callback(_step: int, x0, _x, _steps: int) -> None:
             preview = None
             if self._previewer is not None:
-                preview = self._previewer.decode_latent_to_preview_image("JPEG", x0)
+                shown = x0.tensors[0] if x0.is_nested else x0  # of video and sound, the video
+                preview = self._previewer.decode_latent_to_preview_image("JPEG", shown)
             self._bar.update_absolute(self._bar.current + size, preview=preview)  # cancels here when asked to
 
         return callback

@@ -8,8 +8,9 @@ that the OUTER_SAMPLE wrapper puts into that run's own copy of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -20,11 +21,12 @@ from torch import Tensor, nn
 
 from ..errors import MedSteerError
 from ..steering import ALL_ROWS, PreparedPlan, Steering, SteeringPlan
-from .rows import INDEX_NAMES, names_of_indices, names_of_uuids, row_finder
-from .sites import find_sites
+from .rows import INDEX_NAMES, block_rows, names_of_indices, names_of_uuids, row_finder
+from .sites import Found, find, find_sites, output_width
 
 KEY = "medsteer"
 _PLAN, _OBSERVERS, _RUN = "medsteer_plan", "medsteer_observers", "medsteer_run"
+_BLOCKS, _BLOCKS_NOW = "medsteer_blocks", "medsteer_blocks_now"
 
 
 class Observer(Protocol):
@@ -33,22 +35,42 @@ class Observer(Protocol):
     def observe(self, site: str, sigma: float, activation: Tensor) -> None: ...
 
 
-class _Run:
-    """The state of one sampling run."""
+class ChangeObserver(Protocol):
+    """What is shown a site's activation (images, tokens, C) and what a plan would make of it."""
 
-    def __init__(self, plan: SteeringPlan):
-        self.prepared = PreparedPlan(plan)
+    def observe(self, before: Tensor, after: Tensor) -> None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class _Blocks:
+    """The images of every call are blocks of equal length, each with a plan of its own.
+
+    ``changes`` is shown what ``shown`` would change in the first block's positive rows.
+    """
+
+    plans: tuple[SteeringPlan, ...]
+    shown: SteeringPlan
+    changes: ChangeObserver | None
+
+
+class _Run:
+    """The state of one sampling run: a prepared plan for each block of images, mostly for the one block of all."""
+
+    def __init__(self, plan: SteeringPlan, blocks: _Blocks | None = None):
+        self.prepared = [PreparedPlan(part) for part in (blocks.plans if blocks else (plan,))]
+        self.shown = PreparedPlan(blocks.shown) if blocks and blocks.changes is not None else None
+        self.changes = blocks.changes if blocks else None
         self.conds: dict[str, Any] = {}
         self.uuid_names: dict[Any, str] = {}
         self.index_names: tuple[str, ...] = INDEX_NAMES
-        self._sites: dict[int, dict[str, nn.Module]] = {}
+        self._found: dict[int, Found] = {}
 
-    def sites(self, diffusion_model: nn.Module) -> dict[str, nn.Module]:
-        """The model's sites, found once a run for each device's model."""
+    def found(self, diffusion_model: nn.Module) -> Found:
+        """The model's family and sites, found once a run for each device's model."""
         key = id(diffusion_model)
-        if key not in self._sites:
-            self._sites[key] = find_sites(diffusion_model)
-        return self._sites[key]
+        if key not in self._found:
+            self._found[key] = find(diffusion_model)
+        return self._found[key]
 
 
 def steered(model: ModelPatcher, steering: Steering) -> ModelPatcher:
@@ -66,6 +88,22 @@ def observed(model: ModelPatcher, observer: Observer, rows: str = "positive") ->
     find_sites(model.model.diffusion_model)
     others = model.model_options.get("transformer_options", {}).get(_OBSERVERS, {})
     return _with(model, _OBSERVERS, {**others, rows: observer})
+
+
+def with_blocks(
+    model: ModelPatcher, plans: Sequence[SteeringPlan], changes: ChangeObserver | None = None
+) -> ModelPatcher:
+    """A clone of ``model`` for batches of ``len(plans)`` blocks of images, each steered by its own plan.
+
+    ``changes`` is shown what the model's own plan would change in the first block's positive rows. Nothing else of the
+    model's own plan acts in the clone. A call of fewer blocks says so through `in_blocks`.
+    """
+    return _with(model, _BLOCKS, _Blocks(tuple(plans), plan_of(model), changes))
+
+
+def in_blocks(model_options: dict[str, Any], count: int) -> dict[str, Any]:
+    """Model options for one prediction over the first ``count`` blocks."""
+    return {**model_options, "transformer_options": {**model_options["transformer_options"], _BLOCKS_NOW: count}}
 
 
 def plan_of(model: ModelPatcher) -> SteeringPlan:
@@ -108,11 +146,6 @@ def check_fits(model: ModelPatcher, steering: Steering) -> None:
             )
 
 
-def output_width(site: nn.Module) -> int | None:
-    """Channels that a site's module gives; None where its class does not say."""
-    return getattr(site, "out_features", None)
-
-
 def _span(sites: dict[str, nn.Module]) -> str:
     names = list(sites)
     return f"'{names[0]}' to '{names[-1]}'"
@@ -122,9 +155,10 @@ def _outer_sample(executor: Callable, noise: Tensor, latent: Tensor, sampler: An
     """One run: check the plan against this schedule and guider, give the run its state, check what was done."""
     guider = executor.class_obj
     options = guider.model_options["transformer_options"]  # this run's own copy
-    plan = options.get(_PLAN, SteeringPlan())
-    _check_reachable(plan, sigmas, guider.conds)
-    options[_RUN] = run = _Run(plan)
+    plan, blocks = options.get(_PLAN, SteeringPlan()), options.get(_BLOCKS)
+    for part in blocks.plans if blocks else (plan,):
+        _check_reachable(part, sigmas, guider.conds)
+    options[_RUN] = run = _Run(plan, blocks)
     try:
         result = executor(noise, latent, sampler, sigmas, *args, **kwargs)
     finally:
@@ -153,28 +187,52 @@ def _calc_cond_batch(executor: Callable, model: Any, conds: list, x: Tensor, tim
 def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
     """One model call: hooks on the sites that act now, removed whatever happens."""
     options = transformer_options or {}
-    run = options.get(_RUN) or _Run(options.get(_PLAN, SteeringPlan()))
+    run = options.get(_RUN) or _Run(options.get(_PLAN, SteeringPlan()), options.get(_BLOCKS))
     base_model = executor.class_obj
     sigmas = options.get("sigmas")
     sigma = float(t.max() if sigmas is None else sigmas.max())
     observers: dict[str, Observer] = options.get(_OBSERVERS, {}) if sigma > 0 else {}
-    active = run.prepared.prepare(sigma, base_model.get_dtype_inference(), x.device) if sigma > 0 else ()
+    blocks = run.prepared[: options.get(_BLOCKS_NOW, len(run.prepared))]
+    shown = [run.shown] if run.shown is not None else []
+    form = base_model.get_dtype_inference(), x.device
+    active = {site: None for plan in (*blocks, *shown) for site in plan.prepare(sigma, *form)} if sigma > 0 else {}
     if not active and not observers:
         return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
-    sites = run.sites(base_model.diffusion_model)
+    found = run.found(base_model.diffusion_model)
     rows = row_finder(x.shape[0], options, run.uuid_names, run.index_names)
+    parts = [block_rows(rows, x.shape[0], options, index, len(blocks)) for index in range(len(blocks))]
 
     def visit(name: str, output: Tensor) -> Tensor:
+        _check_rows(name, output, x.shape[0])
         if name in active:
-            output = run.prepared.apply(name, output, rows)
+            for start, stop in parts[0][0]("positive") if shown else ():
+                before = output[start:stop]
+                run.changes.observe(before, run.shown.apply(name, before, lambda _name: None))
+            for plan, (named, everything) in zip(blocks, parts, strict=True):
+                output = plan.apply(name, output, named, everything)
         for cond, observer in observers.items():
             for start, stop in rows(cond):
                 observer.observe(name, sigma, output[start:stop])
         return output
 
-    hooked = {name: sites[name] for name in (sites if observers else active)}
-    with _uncompiled(options), _hooks(hooked, visit):
+    hooked = {name: found.sites[name] for name in (found.sites if observers else active)}
+    with _uncompiled(options), _hooks(hooked, _rows_first(visit) if found.family.tokens_first else visit):
         return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+
+
+def _rows_first(visit: Callable[[str, Tensor], Tensor]) -> Callable[[str, Tensor], Tensor]:
+    """`visit` for sites that give (tokens, rows, channels): it sees them as (rows, tokens, channels)."""
+
+    return lambda name, output: visit(name, output.transpose(0, 1)).transpose(0, 1)
+
+
+def _check_rows(name: str, output: Tensor, rows: int) -> None:
+    """Refuse an output in which the rows of a conditioning could not be found."""
+    if output.ndim != 3 or output.shape[0] != rows:
+        raise MedSteerError(
+            f"Site '{name}' gave an activation of shape {tuple(output.shape)} in a model call of {rows} rows; "
+            f"({rows}, tokens, channels) was expected. Remove patches that change the batch inside the model."
+        )
 
 
 def _uncompiled(options: dict[str, Any]) -> AbstractContextManager:
@@ -216,11 +274,12 @@ def _check_reachable(plan: SteeringPlan, sigmas: Tensor, conds: dict[str, Any]) 
 
 def _check_touched(run: _Run, result: Tensor) -> None:
     """Refuse silent success: a steering that changed nothing, or a result that is not finite."""
-    for steering in run.prepared.untouched():
+    for steering in (steering for plan in run.prepared for steering in plan.untouched()):
         raise MedSteerError(
             f"Steering ({steering.operator.name}, rows '{steering.rows}') changed nothing in this run. Rows that are "
             "never evaluated (the negative ones at cfg 1), a compiled model or a cache that skips every step cause "
             "this. Use rows 'all', or remove the other patch."
         )
-    if run.prepared.plan.sites and isinstance(result, Tensor) and not torch.isfinite(result).all():
+    steers = any(plan.plan.sites for plan in run.prepared)
+    if steers and isinstance(result, Tensor) and not torch.isfinite(result).all():
         raise MedSteerError("The steered run gave NaN or infinite latents. Lower the strength, or narrow the window.")

@@ -54,3 +54,26 @@ def row_finder(
         by_index = index_names[index] if index < len(index_names) else ""
         chunks.append((uuid_names.get(uuid, by_index), (position * length, (position + 1) * length)))
     return lambda name: [rows for found, rows in chunks if found == name]
+
+
+def block_rows(
+    rows: Callable[[str], list[tuple[int, int]]],
+    batch: int,
+    transformer_options: Mapping[str, Any],
+    index: int,
+    count: int,
+) -> tuple[Callable[[str], list[tuple[int, int]]], list[tuple[int, int]] | None]:
+    """The rows of block ``index`` of ``count`` equal blocks of images: by cond's name, and of all conds (None: all).
+
+    Every conditioning's chunk holds all the blocks' images, one block after the other.
+    """
+    if count == 1:
+        return rows, None
+    chunks = len(transformer_options.get("cond_or_uncond") or [0])
+    length = batch // chunks // count
+
+    def part(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        return [(start + index * length, start + (index + 1) * length) for start, _stop in ranges]
+
+    everything = part([(chunk * count * length, 0) for chunk in range(chunks)])
+    return lambda name: part(rows(name)), everything

@@ -12,6 +12,7 @@ import comfy.sample
 import comfy.samplers
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.nested_tensor import NestedTensor
 from torch import Tensor
 
 from ..errors import MedSteerError
@@ -75,14 +76,28 @@ def is_flow(model: ModelPatcher) -> bool:
 
 
 def empty_latent(model: ModelPatcher, latent: dict) -> Tensor:
-    """A zero latent ``(1, C, H, W)`` with the channels and the scale that the model wants for this LATENT's shape."""
-    samples = torch.zeros_like(latent["samples"][:1])
+    """A zero latent ``(1, C, H, W)`` with the channels and the scale that the model wants for this LATENT's shape.
+
+    A video model's is ``(1, C, frames, H, W)``, here as everywhere in this file; LTX-2's is a pair of video and sound.
+    """
+    samples = _zeros_like(latent["samples"][:1])
     spatial, temporal = latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal")
     return comfy.sample.fix_empty_latent_channels(model, samples, spatial, temporal)
 
 
+def _zeros_like(latents: Tensor) -> Tensor:
+    """`torch.zeros_like`, which ComfyUI's pairs of video and sound do not know."""
+    return latents * 0 if latents.is_nested else torch.zeros_like(latents)
+
+
 def noise_for(shape_like: Tensor, seed: int, indices: Sequence[int]) -> Tensor:
-    """The noise that ComfyUI gives the images ``indices`` of a batch with this seed: ``(len(indices), C, H, W)``."""
+    """The noise that ComfyUI gives the images ``indices`` of a batch with this seed: ``(len(indices), C, H, W)``.
+
+    A sound beside a video has noise of its own from the next seed, since ComfyUI's would depend on the batch's size.
+    """
+    if shape_like.is_nested:
+        parts = shape_like.unbind()
+        return NestedTensor([noise_for(part, (seed + place) % 2**64, indices) for place, part in enumerate(parts)])
     return comfy.sample.prepare_noise(shape_like, seed, list(indices))
 
 
@@ -97,7 +112,7 @@ def sample(
     callback: Callable[[int, Tensor, Tensor, int], None] | None = None,
 ) -> Tensor:
     """One run from ``noise (batch, C, H, W)`` on an empty latent; returns latents ``(batch, C, H, W)``."""
-    return resample(model, positive, negative, torch.zeros_like(noise), noise, plan, cfg, seed, callback)
+    return resample(model, positive, negative, _zeros_like(noise), noise, plan, cfg, seed, callback)
 
 
 def resample(
@@ -150,7 +165,7 @@ def sample_beside(
     guider.inner_set_conds({"positive": positive, "negative": negative, OTHER: other})
     guider.set_cfg(cfg)
     result = guider.sample(
-        noise, torch.zeros_like(noise), plan.sampler, plan.sigmas, callback=callback, disable_pbar=True, seed=seed
+        noise, _zeros_like(noise), plan.sampler, plan.sigmas, callback=callback, disable_pbar=True, seed=seed
     )
     management = comfy.model_management
     return result.to(device=management.intermediate_device(), dtype=management.intermediate_dtype())

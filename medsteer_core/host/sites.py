@@ -1,66 +1,59 @@
-"""Where a model's text cross-attention is. A model family is one row of `FAMILIES`.
+"""Where a model's text cross-attention is.
 
 A site is the output-projection submodule of one cross-attention: its output is METHOD's intervention point, the
-attention's output after the projection and before the residual add.
+attention's output after the projection and before the residual add (a gate, where a family has one, comes after it).
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from torch import nn
 
 from ..errors import MedSteerError
+from .families import FAMILIES, Family
 
 
-@dataclass(frozen=True)
-class Family:
-    """``site`` matches the module names of the sites whole; every name in ``marks`` must exist in the model too."""
+@dataclass(frozen=True, eq=False)
+class Found:
+    """A model's family and its sites by name, in execution order."""
 
-    name: str
-    site: str
-    marks: tuple[str, ...] = ()
-
-
-FAMILIES: tuple[Family, ...] = (
-    Family(
-        "PixArt (alpha, Sigma)",
-        r"blocks\.\d+\.cross_attn\.proj",
-        ("blocks.0.cross_attn.kv_linear", "y_embedder.y_proj"),
-    ),
-)
+    family: Family
+    sites: dict[str, nn.Module]
 
 
-def find_sites(diffusion_model: nn.Module) -> dict[str, nn.Module]:
-    """The sites of a diffusion model by name, in execution order.
+def find(diffusion_model: nn.Module) -> Found:
+    """The family and the sites of a diffusion model.
 
     Raises MedSteerError for a model of no known family, naming the model and the families that work.
     """
     modules = {_plain(name): module for name, module in diffusion_model.named_modules()}
     for family in FAMILIES:
-        if all(mark in modules for mark in family.marks):
-            names = [name for name in modules if re.fullmatch(family.site, name)]
-            if names:
-                return {name: modules[name] for name in sorted(names, key=_natural)}
-    families = ", ".join(family.name for family in FAMILIES)
+        if names := family.sites(modules):
+            return Found(family, {name: modules[name] for name in names})
     raise MedSteerError(
         f"{type(diffusion_model).__name__} is not a model that MedSteer can steer: it has no text cross-attention of a "
-        f"known family. Load one of: {families}."
+        "known image or video family (models with joint attention, as Flux and SD3 are, have none; audio models are "
+        f"not supported). Load one of: {'; '.join(family.name for family in FAMILIES)}."
     )
 
 
+def find_sites(diffusion_model: nn.Module) -> dict[str, nn.Module]:
+    """The sites of a diffusion model by name, in execution order; raises as `find` does."""
+    return find(diffusion_model).sites
+
+
 def family_name(diffusion_model: nn.Module) -> str:
-    """The family that `find_sites` takes the model for; raises as it does."""
-    first = next(iter(find_sites(diffusion_model)))
-    return next(family.name for family in FAMILIES if re.fullmatch(family.site, first))
+    """The family that `find` takes the model for; raises as it does."""
+    return find(diffusion_model).family.name
+
+
+def output_width(site: nn.Module) -> int | None:
+    """Channels that a site's module gives, or the last layer in it; None where no class says."""
+    widths = [width for module in site.modules() if (width := getattr(module, "out_features", None)) is not None]
+    return widths[-1] if widths else None
 
 
 def _plain(name: str) -> str:
     """A module's name without the prefix that torch.compile puts in."""
     return name.replace("_orig_mod.", "")
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sort key in which block 10 comes after block 9."""
-    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]

@@ -8,13 +8,17 @@ from typing import Any
 
 from comfy.model_patcher import ModelPatcher
 
+from ..errors import MedSteerError
 from ..operators import make_operator
 from ..pathology_vector import PathologyVector
+from ..presets import CUSTOM, find_preset, scaled_sites
+from ..reference_vectors import check_statistics
 from ..selection import select_sites
 from ..steering import Steering
 from .extraction import differs
 from .patch import steered
 from .sampling import window
+from .sites import find_sites
 
 
 def steer(
@@ -26,18 +30,25 @@ def steer(
     end_percent: float,
     sites: str,
     rows: str,
+    preset: str = CUSTOM,
 ) -> tuple[ModelPatcher, str]:
-    """A steered clone of ``model`` and one line on what was set, warnings included."""
-    chosen = select_sites(sites, vector.site_names)
-    steering = Steering(
-        vector,
-        make_operator(operator, **parameters),
-        window(model, start_percent, end_percent),
-        chosen,
-        rows.strip(),
-    )
+    """A steered clone of ``model`` and one line on what was set, warnings included.
+
+    A ``preset`` other than "custom" takes the place of operator, parameters, sites and rows; the window stays.
+    """
+    note = ""
+    if preset == CUSTOM:
+        chosen = select_sites(sites, vector.site_names)
+    else:
+        published = find_preset(preset)
+        operator, parameters, rows = published.operator, published.parameters, published.rows
+        chosen = _sites_of(preset, published.sites, model, vector)
+        note = f"{preset} in place of operator, sites and rows: {published.describe()}\n"
+    acting = make_operator(operator, **parameters)
+    check_statistics(vector, acting)
+    steering = Steering(vector, acting, window(model, start_percent, end_percent), chosen, rows.strip())
     result = steered(model, steering)
-    note = f"{operator} at {len(chosen)} of {len(vector.site_names)} sites, rows {steering.rows}"
+    note += f"{operator} at {len(chosen)} of {len(vector.site_names)} sites, rows {steering.rows}"
     if steering.operator.is_identity:
         note += "; strength 0 changes nothing"
     warning = differs(vector, model)
@@ -45,3 +56,19 @@ def steer(
         note += f"\nWarning: {warning}; the finding may not follow."
         logging.warning("MedSteer: %s.", warning)
     return result, note
+
+
+def _sites_of(preset: str, sites: str, model: ModelPatcher, vector: PathologyVector) -> tuple[str, ...]:
+    """The vector's sites among the model's blocks that a preset names, scaled to the model's depth.
+
+    Blocks are counted in the model: a vector may lack some.
+    """
+    names = list(find_sites(model.model.diffusion_model))
+    wanted = select_sites(scaled_sites(sites, len(names)), names)
+    chosen = tuple(name for name in vector.site_names if name in wanted)
+    if not chosen:
+        raise MedSteerError(
+            f"The preset '{preset}' steers '{wanted[0]}' to '{wanted[-1]}' of this model, and the vector has none of "
+            "these sites. Use a vector that holds them, or set preset to custom."
+        )
+    return chosen

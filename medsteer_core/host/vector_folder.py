@@ -1,19 +1,27 @@
-"""Where pathology vectors are kept: ``models/medsteer`` and, for uploads, ComfyUI's input folder."""
+"""Where pathology vectors are kept: ``models/medsteer`` and, for uploads, ComfyUI's input folder.
+
+Besides the pack's own files these folders may hold published ones of the reference code, under names of their own kind.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import folder_paths
 
-from .. import vector_file
+from .. import reference_files, vector_file
 from ..errors import MedSteerError
 from ..pathology_vector import PathologyVector
+from ..reference_files import NPZ_SUFFIX, PICKLE_SUFFIXES
+from ..reference_vectors import from_vector
 
 FOLDER, SUFFIX, UPLOADED = "medsteer", ".safetensors", "input/"
+REFERENCE_SUFFIXES = (*PICKLE_SUFFIXES, NPZ_SUFFIX)
+_AGAIN = ", or make it again with Extract and Save Pathology Vector"
 
 
 def register_folder() -> None:
@@ -23,16 +31,34 @@ def register_folder() -> None:
 
 def names() -> list[str]:
     """Every vector file: names in ``models/medsteer``, then ``input/...`` for uploaded ones."""
+    return _listed((SUFFIX,))
+
+
+def reference_names() -> list[str]:
+    """Every published file (.pickle, .pkl, .npz), listed in the same way."""
+    return _listed(REFERENCE_SUFFIXES)
+
+
+def _listed(suffixes: tuple[str, ...]) -> list[str]:
     kept = folder_paths.get_filename_list(FOLDER) if FOLDER in folder_paths.folder_names_and_paths else []
     upload_root = Path(folder_paths.get_input_directory())
-    uploads = sorted(path.name for path in upload_root.glob(f"*{SUFFIX}")) if upload_root.is_dir() else []
-    return [name for name in kept if name.endswith(SUFFIX)] + [f"{UPLOADED}{name}" for name in uploads]
+    uploads = sorted(path.name for path in upload_root.iterdir()) if upload_root.is_dir() else []
+    return [name for name in (*kept, *(f"{UPLOADED}{name}" for name in uploads)) if name.endswith(suffixes)]
 
 
 def problem(name: str) -> str:
     """Why a vector name can't be loaded; "" when it can."""
+    return _problem(find, name)
+
+
+def reference_problem(name: str) -> str:
+    """Why a published file's name can't be imported; "" when it can."""
+    return _problem(find_reference, name)
+
+
+def _problem(look: Callable[[str], Path], name: str) -> str:
     try:
-        find(name)
+        look(name)
     except MedSteerError as error:
         return str(error)
     return ""
@@ -40,10 +66,19 @@ def problem(name: str) -> str:
 
 def find(name: str) -> Path:
     """The file behind a listed name. Names that are not listed, such as paths out of the folders, are refused."""
-    if name not in names():
+    return _find(name, names(), _AGAIN)
+
+
+def find_reference(name: str) -> Path:
+    """The same for a published file."""
+    return _find(name, reference_names())
+
+
+def _find(name: str, listed: list[str], otherwise: str = "") -> Path:
+    if name not in listed:
         raise MedSteerError(
             f"There is no vector '{name}'. Put the file into models/medsteer (or upload it to the input folder) and "
-            "refresh the list (R), or make it again with Extract and Save Pathology Vector."
+            f"refresh the list (R){otherwise}."
         )
     if name.startswith(UPLOADED):
         path = Path(folder_paths.get_input_directory()) / name.removeprefix(UPLOADED)
@@ -57,12 +92,36 @@ def file_hash(name: str) -> str:
     return hashlib.sha256(find(name).read_bytes()).hexdigest()
 
 
+def reference_hash(name: str) -> str:
+    """The same for a published file."""
+    with open(find_reference(name), "rb") as file:
+        digest = hashlib.sha256()
+        while part := file.read(1 << 20):  # such a file may be anything, and of any size
+            digest.update(part)
+    return digest.hexdigest()
+
+
 def load(name: str) -> PathologyVector:
     return vector_file.load(find(name))
 
 
 def save(vector: PathologyVector, prefix: str) -> str:
     """Write ``{prefix}_{short hash}.safetensors`` under ``models/medsteer``; returns the name in that folder."""
+    root, path = _target(vector, prefix, SUFFIX)
+    vector_file.save(vector, path)
+    return str(path.relative_to(root))  # with the system's own separators, as ComfyUI lists it
+
+
+def export(vector: PathologyVector, prefix: str) -> str:
+    """Write ``{prefix}_{short hash}.npz``, PolypSteer's format, there; returns the name in that folder."""
+    field = from_vector(vector)  # before a folder is made for it
+    root, path = _target(vector, prefix, NPZ_SUFFIX)
+    reference_files.write_npz(field, path)
+    return str(path.relative_to(root))
+
+
+def _target(vector: PathologyVector, prefix: str, suffix: str) -> tuple[Path, Path]:
+    """The folder ``models/medsteer`` and the file to write in it, whose own folder exists."""
     parts = [part for part in re.split(r"[\\/]", prefix.strip()) if part]
     if not parts or any(part in (".", "..") or re.search(r'[<>:"|?*\x00-\x1f]', part) for part in parts):
         raise MedSteerError(
@@ -70,9 +129,8 @@ def save(vector: PathologyVector, prefix: str) -> str:
             'and none of < > : " | ? *.'
         )
     root = Path(folder_paths.get_folder_paths(FOLDER)[0])
-    path = root.joinpath(*parts[:-1], f"{parts[-1]}_{vector.short_hash()}{SUFFIX}")
+    path = root.joinpath(*parts[:-1], f"{parts[-1]}_{vector.short_hash()}{suffix}")
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.resolve().is_relative_to(root.resolve()):
         raise MedSteerError(f"filename_prefix '{prefix}' leads out of models/medsteer; choose a name inside it.")
-    vector_file.save(vector, path)
-    return str(path.relative_to(root))  # with the system's own separators, as ComfyUI lists it
+    return root, path

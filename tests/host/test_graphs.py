@@ -14,9 +14,14 @@ from medsteer_core.evaluate import score_pair
 from medsteer_core.workflow import WorkflowFailed, WorkflowInterrupted, WorkflowRefused
 
 EXAMPLE = json.loads(WORKFLOW.read_text())
+WORKFLOWS = WORKFLOW.parent.parent
+SHOWING_ONLY = {"MarkdownNote", "SeedNode", "PreviewAny"}  # what the graph on the canvas may have more
 SCHEMA = {
     "MedSteer_LoadEndoPhantom": ([], ["MODEL", "CLIP", "VAE"]),
-    "MedSteer_LoadDiT": (["model_name", "weight_dtype"], ["MODEL"]),
+    "MedSteer_LoadDiT": (["model_name", "weight_dtype", "family"], ["MODEL"]),
+    "MedSteer_LoadPEFTLoRA": (
+        ["model", "lora_name", "strength_model", "strength_clip", "clip"], ["MODEL", "CLIP", "STRING"],
+    ),
     "MedSteer_ExtractPathologyVector": (
         ["model", "present", "absent", "negative", "latent_image", "samples", "seed", "steps", "cfg", "sampler_name",
          "scheduler", "noise", "sampler", "sigmas", "rank"],
@@ -24,8 +29,19 @@ SCHEMA = {
     ),
     "MedSteer_SavePathologyVector": (["vector", "filename_prefix"], ["STRING"]),
     "MedSteer_LoadPathologyVector": (["vector_name"], ["MEDSTEER_VECTOR"]),
+    "MedSteer_ImportPathologyVector": (
+        ["file_name", "model", "schedule", "steps", "sigmas"], ["MEDSTEER_VECTOR", "STRING"],
+    ),
+    "MedSteer_ExportPathologyVector": (["vector", "filename_prefix"], ["STRING"]),
+    "MedSteer_CombineVectors": (["a", "b", "how", "weight_a", "weight_b"], ["MEDSTEER_VECTOR", "STRING"]),
+    "MedSteer_CounterfactualSampler": (
+        ["model", "positive", "negative", "latent_image", "seed", "steps", "cfg", "sampler_name", "scheduler",
+         "strengths", "lock", "lock_threshold", "lock_dilation", "sampler", "sigmas", "noise", "mask"],
+        ["LATENT", "LATENT", "MASK", "MASK", "STRING"],
+    ),
+    "MedSteer_PixArtSigmas": (["steps", "denoise"], ["SIGMAS"]),
     "MedSteer_Steer": (
-        ["model", "vector", "operator", "start_percent", "end_percent", "sites", "rows"], ["MODEL"],
+        ["model", "vector", "operator", "start_percent", "end_percent", "sites", "rows", "preset"], ["MODEL"],
     ),
     "MedSteer_CounterfactualCompare": (["factual", "counterfactual"], ["IMAGE", "STRING"]),
 }  # fmt: skip
@@ -76,6 +92,33 @@ def test_every_node_stands_in_object_info_with_the_inputs_and_outputs_that_were_
         assert info[name]["description"] and info[name]["category"].startswith("MedSteer")
     (vae_names, *_), *_ = info["VAELoader"]["input"]["required"].values()
     assert "endophantom_vae.safetensors" in vae_names
+
+
+@pytest.mark.parametrize("path", sorted(WORKFLOWS.glob("api/*.json")), ids=lambda path: path.stem)
+def test_an_example_gives_every_node_what_it_asks_for(comfy, path):
+    """Also where it can't be run, because it wants weights that must be downloaded."""
+    info = comfy.object_info()
+    prompt = json.loads(path.read_text(encoding="utf-8"))
+    for entry in prompt.values():
+        node_info, inputs = info[entry["class_type"]], entry["inputs"]
+        required, optional = (node_info["input"].get(kind, {}) for kind in ("required", "optional"))
+        given = {name.split(".")[0] for name in inputs}
+        assert set(required) <= given <= {*required, *optional}, entry["class_type"]
+        for name, value in inputs.items():
+            if isinstance(value, list):
+                source, slot = prompt[value[0]], value[1]
+                kind = info[source["class_type"]]["output"][slot]
+                wanted = {**required, **optional}[name][0]
+                assert wanted in ("*", kind) or kind in str(wanted).split(","), (entry["class_type"], name)
+
+
+@pytest.mark.parametrize("path", sorted(WORKFLOWS.glob("*.json")), ids=lambda path: path.stem)
+def test_an_examples_two_forms_hold_the_same_nodes(path):
+    drawn = json.loads(path.read_text(encoding="utf-8"))
+    headless = json.loads((path.parent / "api" / path.name).read_text(encoding="utf-8"))
+    on_canvas = [node["type"] for node in drawn["nodes"] if node["type"] not in SHOWING_ONLY]
+    in_api = [entry["class_type"] for entry in headless.values() if entry["class_type"] not in SHOWING_ONLY]
+    assert sorted(on_canvas) == sorted(in_api)
 
 
 def test_the_example_workflow_removes_the_polyp_and_keeps_the_anatomy(comfy):

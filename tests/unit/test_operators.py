@@ -13,13 +13,19 @@ from medsteer_core.operators import (
     Add,
     Affine,
     Operator,
+    SetPoint,
     Suppress,
+    Switch,
     ablate,
     add,
     affine,
     make_operator,
+    needs_statistics,
+    set_point,
     suppress,
+    switch,
 )
+from medsteer_core.pathology_vector import StepDirection
 
 X = torch.tensor([[1.0, 0.0, 0.0]])  # one direction, rank 1
 XY = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])  # two, rank 2
@@ -157,6 +163,119 @@ def test_affine_without_readers_says_how_to_extract():
         Affine()(A, step)
 
 
+# Set
+
+
+def means_step(d=X, means=((8.0,), (-2.0,)), dtype=torch.float32):
+    """A step whose classes have these mean projections, [present, absent]."""
+    means = torch.tensor(means, dtype=dtype)
+    return StepDirection(d.to(dtype), means[0] - means[1], means)
+
+
+def test_set_moves_every_projection_to_the_means_by_the_strength():
+    close(set_point(A, X, torch.tensor([-2.0]), 1.0, False), [[[-2.0, 4.0, 0.0], [-2.0, 4.0, 0.0]]])
+    close(set_point(A, X, torch.tensor([-2.0]), 0.5, False), [[[0.5, 4.0, 0.0], [-2.5, 4.0, 0.0]]])
+    close(set_point(A, X, torch.tensor([-2.0]), 1.5, False), [[[-4.5, 4.0, 0.0], [-1.5, 4.0, 0.0]]])
+
+
+def test_set_sets_each_direction_of_a_rank_2_vector_to_its_own_mean():
+    close(set_point(A, XY, torch.tensor([1.0, 7.0]), 1.0, False), [[[1.0, 7.0, 0.0], [1.0, 7.0, 0.0]]])
+
+
+def test_set_with_the_norm_kept():
+    # (3, 4) becomes (0, 4), rescaled to 5; (-3, 4) the same
+    close(set_point(A, X, torch.tensor([0.0]), 1.0, True), [[[0.0, 5.0, 0.0], [0.0, 5.0, 0.0]]])
+
+
+def test_set_goes_to_the_class_that_is_asked_for():
+    """Strength 0 is where the token is, 1 the class's mean, 1.5 half the way beyond."""
+    close(SetPoint(1.0)(A, means_step()), [[[-2.0, 4.0, 0.0], [-2.0, 4.0, 0.0]]])
+    close(SetPoint(1.0, "present")(A, means_step()), [[[8.0, 4.0, 0.0], [8.0, 4.0, 0.0]]])
+    close(SetPoint(1.5, "present")(A, means_step()), [[[10.5, 4.0, 0.0], [13.5, 4.0, 0.0]]])
+    assert SetPoint() == SetPoint(1.0, "absent", False)
+
+
+def test_set_to_the_absent_mean_is_what_add_does_to_a_token_at_the_present_mean():
+    token = torch.tensor([[[8.0, 1.0, 2.0]]])
+    torch.testing.assert_close(SetPoint(0.7)(token, means_step()), Add(0.7, "absent")(token, means_step()))
+
+
+def test_set_at_strength_zero_is_the_same_object():
+    assert SetPoint(0.0).is_identity and SetPoint(0.0, "present", True)(A, means_step()) is A
+    assert set_point(A, X, torch.ones(1), 0.0, True) is A
+    assert not SetPoint(1e-9).is_identity
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_set_stays_accurate_where_the_mean_and_the_projection_cancel(dtype):
+    generator = torch.Generator().manual_seed(0)
+    d = torch.nn.functional.normalize(torch.randn(1, 192, generator=generator), dim=-1)
+    a = 40 * d[None] + 0.5 * torch.randn(1, 64, 192, generator=generator)
+    step = means_step(d, ((44.0,), (40.0,)), dtype)
+    given = SetPoint(1.0)(a.to(dtype), step)
+    assert given.dtype == dtype
+    assert ((given.double() @ d[0].double()) - 40).abs().max() < 40 * torch.finfo(dtype).eps * 2
+
+
+# Switch
+
+
+def test_switch_moves_what_suppress_takes_to_the_target():
+    # (3, 4, 0): 3 off x and 3 onto y, then half and twice as much; (-3, 4, 0) points away and stays.
+    away, y = [-3.0, 4.0, 0.0], XY[1:]
+    close(switch(A, X, y, 1.0, False), [[[0.0, 7.0, 0.0], away]])
+    close(switch(A, X, y, 0.5, False), [[[1.5, 5.5, 0.0], away]])
+    close(switch(A, X, y, 2.0, False), [[[-3.0, 10.0, 0.0], away]])
+
+
+def test_switch_to_a_target_that_is_not_orthogonal_and_with_the_norm_kept():
+    slanted = torch.tensor([[0.6, 0.0, 0.8]])
+    close(switch(A, X, slanted, 1.0, False), [[[1.8, 4.0, 2.4], [-3.0, 4.0, 0.0]]])
+    scale = 5 / math.sqrt(1.8**2 + 16 + 2.4**2)
+    close(switch(A, X, slanted, 1.0, True), [[[1.8 * scale, 4 * scale, 2.4 * scale], [-3.0, 4.0, 0.0]]])
+
+
+def test_switch_pairs_the_directions_of_rank_2_one_to_one():
+    targets = torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
+    # (3, 4, 0): 3 from x to z and 4 from y to x; (-3, 4, 0): only 4 from y to x.
+    close(switch(A, XY, targets, 1.0, False), [[[4.0, 0.0, 3.0], [1.0, 0.0, 0.0]]])
+
+
+def test_switch_to_its_own_direction_changes_nothing():
+    torch.testing.assert_close(switch(A, X, X, 1.7, False), A)
+
+
+def test_switch_reads_the_target_from_the_step():
+    step = StepDirection(X, torch.ones(1), torch.zeros(2, 1), target=XY[1:])
+    assert torch.equal(Switch(1.5, True)(A, step), switch(A, X, XY[1:], 1.5, True))
+    assert Switch(0.0).is_identity and Switch(0.0, True)(A, step) is A and switch(A, X, X, 0.0, True) is A
+    assert Switch() == Switch(1.0, False)
+    moved = step.cast(torch.device("cpu"), torch.float16)
+    assert moved.target.dtype == torch.float16 and Switch()(A.half(), moved).dtype == torch.float16
+
+
+def test_switch_without_a_second_vector_says_so():
+    with pytest.raises(MedSteerError, match=r"'switch' needs a second vector.*Connect one to the input 'target'"):
+        Switch()(A, means_step())
+
+
+def test_switch_between_ranks_or_widths_is_refused():
+    step = StepDirection(X, torch.ones(1), torch.zeros(2, 1), target=XY)
+    with pytest.raises(
+        MedSteerError, match="2 directions of 3 channels a step, and the source vector 1 directions of 3"
+    ):
+        Switch()(A, step)
+
+
+def test_the_operators_say_what_they_need_of_a_vector():
+    def needing(what):
+        return {name for name, kind in OPERATORS.items() if getattr(kind, f"needs_{what}")}
+
+    assert needing("gaps") == {"add"} and needing("class_means") == {"set"}
+    assert needing("target") == {"switch"} and needing("readers") == {"affine"}
+    assert "'set' counts in units of the two classes' means" in str(needs_statistics("set"))
+
+
 def test_the_operators_chosen_by_name_do_what_the_functions_do():
     step = SimpleNamespace(directions=X, gaps=torch.tensor([4.0]))
     assert torch.equal(Suppress(1.5, True)(A, step), suppress(A, X, 1.5, True))
@@ -203,12 +322,17 @@ def test_the_dtype_is_kept(dtype):
     step = SimpleNamespace(directions=X.to(dtype), gaps=torch.ones(1, dtype=dtype))
     for operator in (Suppress(1.5), Ablate(True), Add(1.0, keep_norm=True)):
         assert operator(A.to(dtype), step).dtype == dtype
+    for operator in (SetPoint(1.5), SetPoint(1.0, keep_norm=True)):
+        assert operator(A.to(dtype), means_step(dtype=dtype)).dtype == dtype
 
 
 def test_the_input_is_never_changed_in_place():
     before = A.clone()
     step = SimpleNamespace(directions=X, gaps=torch.ones(1))
     for operator in (Suppress(), Suppress(1.0), Ablate(True), Add(1.0, keep_norm=True)):
+        operator(A, step)
+    step = StepDirection(X, torch.ones(1), torch.ones(2, 1), target=XY[1:])
+    for operator in (SetPoint(), SetPoint(1.0, keep_norm=True), Switch(), Switch(2.0, True)):
         operator(A, step)
     assert torch.equal(A, before)
 
@@ -242,7 +366,9 @@ def cases(draw):
 @given(cases(), st.floats(-4, 4))
 def test_keep_norm_keeps_every_tokens_norm(case, strength):
     a, d = case
-    for steered in (suppress(a, d, strength, True), ablate(a, d, True), add(a, d, strength * a.new_ones(len(d)), True)):
+    units = strength * a.new_ones(len(d))
+    for steered in (suppress(a, d, strength, True), ablate(a, d, True), add(a, d, units, True),
+                    set_point(a, d, units, 0.5, True), switch(a, d, d.flip(-1), strength, True)):  # fmt: skip
         torch.testing.assert_close(norms(steered), norms(a), rtol=1e-9, atol=0)
 
 
@@ -262,6 +388,28 @@ def test_suppress_scales_positive_projections_and_nothing_else(case, strength):
     torch.testing.assert_close(after, before - strength * before.clamp_min(0), rtol=1e-9, atol=1e-9 * norms(a).max())
     rest_before, rest_after = a - before @ d, suppress(a, d, strength, False) - after @ d
     torch.testing.assert_close(rest_after, rest_before, rtol=1e-9, atol=1e-9 * norms(a).max().item())
+
+
+@settings(deadline=None)
+@given(cases(), st.floats(-4, 4))
+def test_set_takes_the_share_strength_of_the_way_and_leaves_the_rest(case, strength):
+    a, d = case
+    means, scale = torch.linspace(-1, 2, len(d), dtype=a.dtype), norms(a).max().item() + 2
+    steered = set_point(a, d, means, strength, False)
+    before, after = a @ d.T, steered @ d.T
+    torch.testing.assert_close(after, before + strength * (means - before), rtol=1e-9, atol=1e-9 * scale)
+    torch.testing.assert_close(steered - after @ d, a - before @ d, rtol=1e-9, atol=1e-9 * scale)
+
+
+@settings(deadline=None)
+@given(cases(), st.floats(-4, 4))
+def test_switch_is_suppress_and_as_much_added_along_the_target(case, strength):
+    a, d = case
+    target = torch.linalg.qr(torch.cat([d, d.flip(-1)]).T).Q.T[-len(d) :]
+    wanted = suppress(a, d, strength, False) + strength * (a @ d.T).clamp_min(0) @ target
+    torch.testing.assert_close(
+        switch(a, d, target, strength, False), wanted, rtol=1e-9, atol=1e-9 * norms(a).max().item()
+    )
 
 
 @settings(deadline=None)
@@ -285,7 +433,17 @@ def test_tokens_that_point_away_are_bit_identical_without_norm_keeping(case, str
 # By name
 
 
-@pytest.mark.parametrize("operator", [Suppress(), Suppress(2.5, False), Ablate(True), Add(-1.5, "absent", True)])
+@pytest.mark.parametrize(
+    "operator",
+    [
+        Suppress(),
+        Suppress(2.5, False),
+        Ablate(True),
+        Add(-1.5, "absent", True),
+        SetPoint(1.5, "present", True),
+        Switch(0.5, True),
+    ],
+)
 def test_an_operator_comes_back_from_its_dict(operator):
     assert Operator.from_dict(operator.to_dict()) == operator
 
@@ -295,12 +453,12 @@ def test_the_default_operator_is_medsteers_preset():
 
 
 def test_operators_are_made_by_name():
-    assert set(OPERATORS) == {"suppress", "ablate", "add", "affine"}
+    assert set(OPERATORS) == {"suppress", "ablate", "add", "set", "switch", "affine"}
     assert make_operator("add", strength=3, toward="absent") == Add(3.0, "absent", False)
 
 
 @pytest.mark.parametrize("strength", [math.nan, math.inf, -math.inf, "much", None])
-@pytest.mark.parametrize("kind", [Suppress, Add, Affine])
+@pytest.mark.parametrize("kind", [Suppress, Add, SetPoint, Switch, Affine])
 def test_a_strength_that_is_no_finite_number_is_an_error(kind, strength):
     with pytest.raises(MedSteerError, match=f"{kind.name}: strength is .*; a finite number was expected"):
         kind(strength)
@@ -315,3 +473,5 @@ def test_unknown_names_parameters_and_goals_are_errors():
         make_operator("ablate", strength=1.0)
     with pytest.raises(MedSteerError, match="'present' or 'absent'"):
         Add(1.0, "sideways")
+    with pytest.raises(MedSteerError, match="set: toward is 'sideways'; 'present' or 'absent' was expected"):
+        SetPoint(1.0, "sideways")

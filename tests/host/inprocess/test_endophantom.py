@@ -202,7 +202,7 @@ def test_strength_zero_is_bit_identical_and_strength_two_is_not(model, vector, e
 
 
 def test_a_steered_batch_of_three_equals_three_singles(model, vector, encode):
-    """In float64. In float32 a batch rounds otherwise than singles, which these few steps raise to 1e-5, unsteered too."""
+    """In float64. In float32 a batch rounds otherwise than singles; few steps raise that to 1e-5, unsteered too."""
     make, arguments = model.cached_patcher_init
     double = make(*arguments, disable_dynamic=True)
     double.model.diffusion_model.double().dtype = torch.float64

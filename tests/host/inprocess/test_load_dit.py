@@ -2,11 +2,14 @@
 
 import comfy.sd
 import comfy.supported_models
+import comfy.utils
 import folder_paths
 import pytest
 import tiny
 import torch
+from medsteer_pack.medsteer_core import pixart_state
 from medsteer_pack.medsteer_core.errors import MedSteerError
+from medsteer_pack.medsteer_core.host import checkpoints
 from medsteer_pack.medsteer_core.host.checkpoints import load_dit, model_names
 from medsteer_pack.medsteer_core.host.pixart import AnySizePixArtMS
 from medsteer_pack.medsteer_core.host.sites import find_sites
@@ -109,11 +112,34 @@ def test_running_out_of_memory_is_left_to_comfyui(monkeypatch):
     def full(*_args, **_kwargs):
         raise torch.cuda.OutOfMemoryError("full")
 
-    monkeypatch.setattr(comfy.sd, "load_diffusion_model", full)
-    with pytest.raises(torch.cuda.OutOfMemoryError):
-        load_dit("diffusion_models/pixart.safetensors", "default")
+    for place, function, name in (
+        (checkpoints, "build", "pixart"),
+        (comfy.sd, "load_diffusion_model_state_dict", "joint"),
+        (comfy.utils, "load_torch_file", "foreign"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, function, full)
+            with pytest.raises(torch.cuda.OutOfMemoryError):
+                load_dit(f"diffusion_models/{name}.safetensors", "default")
 
 
 def test_a_model_without_cross_attention_is_refused_with_the_families_that_work():
     with pytest.raises(MedSteerError, match="not a model that MedSteer can steer.*PixArt"):
         load_dit("diffusion_models/joint.safetensors", "default")
+
+
+def test_a_family_that_is_none_is_refused():
+    with pytest.raises(MedSteerError, match="family is 'PixArt'; one of auto, PixArt-alpha, PixArt-Sigma was expected"):
+        load_dit("diffusion_models/pixart.safetensors", "default", "PixArt")
+
+
+def test_comfyuis_detection_of_a_quantised_pixart_gets_the_right_latents():
+    path = folder_paths.get_full_path("diffusion_models", "pixart.safetensors")
+    for family, scale in (("auto", 0.18215), ("PixArt-Sigma", 0.13025)):
+        state = dict(pixart_state.only_pixart(comfy.utils.load_torch_file(path), "original", ""))
+        state["y_embedder.y_embedding"] = torch.zeros(120, 4096)
+        contents = checkpoints.pixart_files.Contents(state, None)
+        loaded = checkpoints._open_by_comfyui(contents, "pixart", {}, family, False)
+        assert loaded.model.model.latent_format.scale_factor == scale
+        assert f"latent scale {scale}" in loaded.text and "loaded by ComfyUI" in loaded.text
+        assert type(loaded.model.model.diffusion_model) is AnySizePixArtMS

@@ -44,9 +44,9 @@ def measure(lab, folder, presets, monkeypatch):
     """``measure(name, store, value)``: the record of a method at its reported setting, by the benchmark's functions."""
     monkeypatch.setattr(_presets, "COVARIANCE_SAMPLES", 6)
 
-    def run(name, store=None):
+    def run(name, store=None, chosen=presets):
         store = store or Store(lab, folder, comfyui_version())
-        method = methods(lab, store, PAIR, presets)[name]
+        method = methods(lab, store, PAIR, chosen)[name]
         return quality.summary(quality.results(store, PAIR, method, method.headline, SEEDS))
 
     return run
@@ -120,9 +120,12 @@ def test_a_dropped_hook_is_an_error_and_without_that_check_fails_the_thresholds(
     good.vector(PAIR, presets.medsteer.noise, SAMPLES)  # made before, since extraction needs the hooks
     store = BrokenStore(lab, tmp_path, good, unchanged)
     monkeypatch.setattr(patch, "_hooks", lambda sites, visit: nullcontext())
-    with pytest.raises(MedSteerError, match="changed nothing"):
+    with pytest.raises(MedSteerError, match="There is no concept map: the steering changes nothing here"):
         measure("ours", store)
+    unlocked = replace(presets, ours={"removing": replace(presets.ours["removing"], lock="none")})
+    with pytest.raises(MedSteerError, match="changed nothing"):
+        measure("ours", store, unlocked)
     monkeypatch.setattr(patch, "_check_touched", lambda run, result: None)
-    record = measure("ours", store)
+    record = measure("ours", store, unlocked)
     assert not is_good(record), record
     assert record["flip"] == 0.0

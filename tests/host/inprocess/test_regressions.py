@@ -6,29 +6,10 @@ import pytest
 import tiny
 import torch
 from medsteer_pack.medsteer_core import errors, image_pairs
-from medsteer_pack.medsteer_core.host import checkpoints, fingerprint, vector_folder
+from medsteer_pack.medsteer_core.host import fingerprint, vector_folder
 from medsteer_pack.medsteer_core.host.pixart import AnySizePixArtMS
 from medsteer_pack.nodes.steer import Steer
 from medsteer_pack.nodes.vectors import LoadPathologyVector
-
-
-class _Config:
-    def __init__(self, tokens):
-        self.unet_config = {"image_model": "pixart_sigma", "model_max_length": tokens}
-
-
-class _Model:
-    def __init__(self, tokens):
-        self.model = self
-        self.model_config = _Config(tokens)
-        self.latent_format = "as detected"
-
-
-@pytest.mark.parametrize(("tokens", "scale"), [(120, 0.18215), (300, None)])
-def test_pixart_alpha_without_size_conditioning_gets_the_latent_scale_of_its_vae(tokens, scale):
-    model = _Model(tokens)
-    checkpoints._use_alpha_latents(model)
-    assert getattr(model.latent_format, "scale_factor", None) == scale
 
 
 def test_the_fingerprint_ignores_buffers_that_are_random_in_every_load(pixart):

@@ -1,0 +1,42 @@
+"""Nodes that give noise schedules."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..medsteer_core.pixart_sigmas import TRAINING_STEPS, pixart_sigmas
+from .types import CATEGORY
+
+
+class PixArtSigmas(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MedSteer_PixArtSigmas",
+            display_name="PixArt-alpha Sigmas",
+            category=f"{CATEGORY}/sampling",
+            description="The noise schedule of the paper: diffusers' DPM-Solver++ timesteps for PixArt-alpha.",
+            search_aliases=["dpm-solver", "diffusers schedule", "scheduler", "medsteer paper"],
+            inputs=[
+                io.Int.Input(
+                    "steps", default=20, min=1, max=TRAINING_STEPS - 1, tooltip="Denoising steps; the paper takes 20."
+                ),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.01,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Below 1, the last steps of a longer schedule, to start from an image.",
+                ),
+            ],
+            outputs=[
+                io.Sigmas.Output(
+                    "sigmas", tooltip="For the sigmas inputs of Extract Pathology Vector, SamplerCustom and Import."
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, steps: int, denoise: float) -> io.NodeOutput:
+        return io.NodeOutput(pixart_sigmas(steps, denoise))
