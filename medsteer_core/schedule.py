@@ -3,8 +3,9 @@ so that a vector recorded with one sampler and step count steers any other."""
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from .errors import MedSteerError
 
@@ -55,6 +56,36 @@ class SigmaWindow:
     def any_of(self, sigmas: Iterable[float]) -> bool:
         """Whether any of `sigmas` lies in the window."""
         return any(float(sigma) in self for sigma in sigmas)
+
+
+@dataclass(frozen=True)
+class StrengthCurve:
+    """What a steering's strength is multiplied with over its window: ``gains`` at ``sigmas``.
+
+    The sigmas are strictly descending and above 0. Between two of them the gain goes linearly in log sigma (in sigma
+    for ``flow`` models), beyond them the end stands.
+    """
+
+    sigmas: tuple[float, ...]
+    gains: tuple[float, ...]
+    flow: bool = False
+
+    def at(self, sigma: float) -> float:
+        """The gain at a noise level."""
+        lo, hi, weight = interpolate_index(self.sigmas, sigma, self.flow)
+        return self.gains[lo] * (1 - weight) + self.gains[hi] * weight
+
+
+CONSTANT = "constant"
+# A curve's gain at a share of the window, 0 where steering begins and 1 where it ends.
+CURVES: Mapping[str, Callable[[float], float]] = MappingProxyType(
+    {
+        CONSTANT: lambda share: 1.0,
+        "fade in": lambda share: share,
+        "fade out": lambda share: 1.0 - share,
+        "bell": lambda share: math.sin(math.pi * share),
+    }
+)
 
 
 def check_percent(start: float, end: float) -> None:

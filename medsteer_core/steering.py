@@ -2,14 +2,16 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import MedSteerError
-from .operators import Operator, Step, needs_same_state
+from .operators import Operator, Step, needs_same_state, needs_second_vector
 from .pathology_vector import PathologyVector, StepDirection
-from .schedule import SigmaWindow
+from .schedule import SigmaWindow, StrengthCurve
+from .token_map import token_weights
 
 ALL_ROWS = "all"
 # Rows of one call as (start, stop) pairs, slices or ranges of step 1; None is every row.
@@ -20,13 +22,20 @@ RowNames = Mapping[str, RowRanges] | Callable[[str], RowRanges]
 
 @dataclass(frozen=True, eq=False)
 class Steering:
-    """One Steer node. `sites` are names of the vector's; `rows` is `all`, `positive`, `negative` or a cond's name."""
+    """One Steer node. `sites` are names of the vector's; `rows` is `all`, `positive`, `negative` or a cond's name.
+
+    target: the second vector of operators that need one; mask: (1 or images, H, W) in 0..1, how much of the steering
+    each part of the image gets; curve: what the strength is multiplied with over the window
+    """
 
     vector: PathologyVector
     operator: Operator
     window: SigmaWindow
     sites: tuple[str, ...]
     rows: str = ALL_ROWS
+    target: PathologyVector | None = None
+    mask: Tensor | None = None
+    curve: StrengthCurve | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sites", tuple(self.sites))
@@ -38,10 +47,28 @@ class Steering:
             self.vector.channels(site)  # raises for a site that the vector lacks
         if self.operator.needs_readers and not self.vector.has_readers:
             raise needs_same_state(self.operator.name)
+        if self.operator.needs_target and self.target is None:
+            raise needs_second_vector(self.operator.name)
+        if self.target is not None:
+            for site in self.sites:
+                self.target.channels(site)
+        if self.curve is not None:
+            _times(self.operator, 0.5)  # raises for an operator without a strength
+        if self.mask is not None:
+            _check_mask(self.mask)
 
     def acts_at(self, sigma: float) -> bool:
         """Whether anything can change at this noise level."""
-        return not self.operator.is_identity and sigma in self.window
+        return sigma in self.window and not self.operator_at(sigma).is_identity
+
+    def operator_at(self, sigma: float) -> Operator:
+        """The operator with the strength that it has at this noise level."""
+        return self.operator if self.curve is None else _times(self.operator, self.curve.at(sigma))
+
+    def step_at(self, site: str, sigma: float) -> StepDirection:
+        """What the vector says of a site at this noise level, with the target's directions if there is one."""
+        step = self.vector.at(site, sigma)
+        return step if self.target is None else replace(step, target=self.target.at(site, sigma).directions)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,22 +112,40 @@ class SteeringPlan:
 
 
 def _scaled(steering: Steering, multiple: float) -> Steering:
-    operator = steering.operator
+    return replace(steering, operator=_times(steering.operator, multiple))
+
+
+def _check_mask(mask: Tensor) -> None:
+    if mask.ndim != 3 or 0 in mask.shape:
+        raise MedSteerError(f"The mask has shape {tuple(mask.shape)}; (1 or images, height, width) was expected.")
+    if not bool(((mask >= 0) & (mask <= 1)).all()):
+        raise MedSteerError("The mask has values outside 0 to 1; 0 (leave) to 1 (steer) was expected.")
+    if not bool((mask > 0).any()):
+        raise MedSteerError("The mask is black everywhere, so nothing would be steered. Paint where to steer.")
+
+
+def _times(operator: Operator, multiple: float) -> Operator:
     if not hasattr(operator, "strength"):
         raise MedSteerError(
             f"The operator {operator.name} has no strength, so {multiple:g} times it is nothing. Write 1, or steer "
             "with another operator."
         )
-    return replace(steering, operator=replace(operator, strength=operator.strength * multiple))
+    return replace(operator, strength=operator.strength * multiple)
 
 
-def apply_steering(activation: Tensor, operator: Operator, step: Step, rows: RowRanges = None) -> Tensor:
+def apply_steering(
+    activation: Tensor, operator: Operator, step: Step, rows: RowRanges = None, weights: Tensor | None = None
+) -> Tensor:
     """`activation` (rows, tokens, C) steered in the given rows (None: all); the others stay bit-identical.
 
-    A new tensor, or the same object where nothing changes. `step` is on the activation's device, in its dtype.
+    A new tensor, or the same object where nothing changes. `step` is on the activation's device, in its dtype, and so
+    are `weights` (masks, tokens, 1): how much of the change each token gets, row r of mask r modulo masks. A token of
+    weight 0 stays bit-identical.
     """
     if operator.is_identity:
         return activation
+    if weights is not None:
+        return _apply_weighted(activation, operator, step, rows, weights)
     if rows is None:
         return operator(activation, step)
     chosen = [_slice(entry, activation.shape[0]) for entry in rows]
@@ -112,6 +157,18 @@ def apply_steering(activation: Tensor, operator: Operator, step: Step, rows: Row
     steered = activation.clone()
     for part in chosen:
         steered[part] = operator(activation[part], step)
+    return steered
+
+
+def _apply_weighted(activation: Tensor, operator: Operator, step: Step, rows: RowRanges, weights: Tensor) -> Tensor:
+    count = activation.shape[0]
+    chosen = [slice(0, count)] if rows is None else [_slice(entry, count) for entry in rows]
+    steered = activation.clone()
+    for part in chosen:
+        if part.stop > part.start:
+            masks = weights[torch.arange(part.start, part.stop, device=weights.device) % len(weights)]
+            # lerp gives exactly its ends at weights 0 and 1
+            steered[part] = torch.lerp(activation[part], operator(activation[part], step), masks)
     return steered
 
 
@@ -129,6 +186,7 @@ class _AtSigma:
 
     sigma: float
     host: dict[tuple[int, str], StepDirection]  # (index of the steering, site) -> step
+    operators: dict[int, Operator]  # by index of the steering
     cast: dict[tuple[torch.device, torch.dtype], dict[tuple[int, str], StepDirection]] = field(default_factory=dict)
 
     def on(self, device: torch.device, dtype: torch.dtype) -> dict[tuple[int, str], StepDirection]:
@@ -150,6 +208,7 @@ class PreparedPlan:
         self.plan = plan
         self.touches: list[int] = [0] * len(plan.steerings)
         self._step: _AtSigma | None = None
+        self._masks: dict[tuple[Any, ...], Tensor] = {}
 
     def prepare(self, sigma: float, dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
         """Get ready for a model call; returns the sites that can change at this sigma, () if there are none."""
@@ -157,7 +216,8 @@ class PreparedPlan:
         step = self._step
         if step is None or step.sigma != sigma:
             # Replaced and never changed in place: another device's thread may still read the old one.
-            step = self._step = _AtSigma(sigma, self._look_up(sigma))
+            acting = {i: s.operator_at(sigma) for i, s in enumerate(self.plan.steerings) if s.acts_at(sigma)}
+            step = self._step = _AtSigma(sigma, self._look_up(sigma), acting)
         if step.host:
             step.on(device, dtype)
         active = {site for _, site in step.host}
@@ -165,18 +225,26 @@ class PreparedPlan:
 
     def _look_up(self, sigma: float) -> dict[tuple[int, str], StepDirection]:
         return {
-            (index, site): steering.vector.at(site, sigma)
+            (index, site): steering.step_at(site, sigma)
             for index, steering in enumerate(self.plan.steerings)
             if steering.acts_at(sigma)
             for site in steering.sites
         }
 
-    def apply(self, site: str, activation: Tensor, rows: RowNames, everything: RowRanges = None) -> Tensor:
+    def apply(
+        self,
+        site: str,
+        activation: Tensor,
+        rows: RowNames,
+        everything: RowRanges = None,
+        size: tuple[int, ...] | None = None,
+    ) -> Tensor:
         """`activation` (rows, tokens, C) of `site` after every steering that acts now, in the plan's order.
 
         `rows` tells where a named cond's rows are in this call: a mapping or a function from name to ranges (None:
         every row; empty or missing: none, as in a call that holds only the other cond). `all` is not looked up: it is
-        the rows `everything` (None: every row). Raises MedSteerError when the activation's width is not the vector's.
+        the rows `everything` (None: every row). `size` is the latent's (height, width), which masks need. Raises
+        MedSteerError when the activation's width is not the vector's.
         """
         if self._step is None:
             raise RuntimeError("prepare() comes before apply()")
@@ -186,10 +254,22 @@ class PreparedPlan:
             if step is None:
                 continue
             _check_width(site, activation, step)
-            steered = apply_steering(activation, steering.operator, step, _ranges(rows, steering.rows, everything))
+            weights = None if steering.mask is None else self._weights(index, steering.mask, activation, size)
+            chosen = _ranges(rows, steering.rows, everything)
+            steered = apply_steering(activation, self._step.operators[index], step, chosen, weights)
             self.touches[index] += steered is not activation
             activation = steered
         return activation
+
+    def _weights(self, index: int, mask: Tensor, activation: Tensor, size: tuple[int, ...] | None) -> Tensor:
+        """The mask of steering ``index`` for an activation's tokens, on its device and in its dtype."""
+        if size is None or len(size) != 2:
+            raise MedSteerError("A mask on Steer works for image models only, and this one makes video. Remove it.")
+        tokens = activation.shape[1]
+        key = (index, tokens, tuple(size), activation.device, activation.dtype)
+        if key not in self._masks:
+            self._masks[key] = token_weights(mask, tokens, *size).to(activation.device, activation.dtype)
+        return self._masks[key]
 
     def untouched(self) -> tuple[Steering, ...]:
         """The steerings that should have changed something (their operator is no identity) and did not."""
@@ -216,7 +296,7 @@ def _cast_together(
 ) -> dict[tuple[int, str], StepDirection]:
     """All steps on `device` in `dtype` by one transfer, instead of several small ones for each site."""
     # Field by field, so that the fields whose widths are multiples of 8 come first and stay aligned.
-    order = ("directions", "readers", "gaps", "projections", "offsets")
+    order = ("directions", "readers", "target", "gaps", "projections", "offsets")
     places = [(key, name) for name in order for key, step in steps.items() if getattr(step, name) is not None]
     tensors = [getattr(steps[key], name) for key, name in places]
     joined = torch.cat([tensor.reshape(-1) for tensor in tensors]).to(device=device, dtype=dtype)

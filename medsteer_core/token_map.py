@@ -40,6 +40,13 @@ def to_pixels(values: Tensor, height: int, width: int) -> Tensor:
     return wide[:, :height, :width]
 
 
+def token_weights(mask: Tensor, tokens: int, height: int, width: int) -> Tensor:
+    """A MASK (masks, H, W) of any size as weights (masks, tokens, 1) of a latent's tokens: what it covers of each."""
+    grid = token_grid(tokens, height, width)
+    covered = torch.nn.functional.adaptive_avg_pool2d(mask[:, None].float(), grid)
+    return covered.reshape(len(mask), tokens, 1)
+
+
 class TokenChange:
     """Running mean over sites and model calls of each token's relative change, `|steered - a| / mean token norm`."""
 

@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from ..medsteer_core.host.notes import note
 from ..medsteer_core.host.steer import steer
 from ..medsteer_core.presets import CUSTOM, PRESETS
+from ..medsteer_core.schedule import CONSTANT, CURVES
 from .types import CATEGORY, Vector
 
 KEEP_NORM = "Rescale every steered token to its former length."
@@ -84,10 +85,38 @@ class Steer(io.ComfyNode):
                                 _keep_norm(False),
                             ],
                         ),
+                        io.DynamicCombo.Option(
+                            "set",
+                            [
+                                _strength(
+                                    1.0,
+                                    "0 changes nothing, 1 moves every token to the class's mean, 1.5 goes beyond.",
+                                ),
+                                io.Combo.Input(
+                                    "toward",
+                                    options=["absent", "present"],
+                                    default="absent",
+                                    tooltip="Whose mean: absent takes the finding away, present adds it.",
+                                ),
+                                _keep_norm(False),
+                            ],
+                        ),
+                        io.DynamicCombo.Option(
+                            "switch",
+                            [
+                                _strength(
+                                    1.0,
+                                    "Takes this many times the finding's part away and adds as much along the vector "
+                                    "at the input target.",
+                                ),
+                                _keep_norm(False),
+                            ],
+                        ),
                     ],
                     tooltip=(
-                        "suppress: take the finding away. ablate: project it out. add: push toward a class. affine: "
-                        "replace, token by token, what the finding's prompt put in."
+                        "suppress: take the finding away. ablate: project it out. add: push toward a class. set: move "
+                        "to a class's mean. switch: one finding for another. affine: replace, token by token, what the "
+                        "finding's prompt put in."
                     ),
                 ),
                 io.Float.Input(
@@ -126,6 +155,21 @@ class Steer(io.ComfyNode):
                         "stays. custom: the other inputs count."
                     ),
                 ),
+                io.Combo.Input(
+                    "curve",
+                    options=list(CURVES),
+                    default=CONSTANT,
+                    optional=True,
+                    tooltip="How strength goes over the window: constant, from 0 up, down to 0, or up and down.",
+                ),
+                Vector.Input(
+                    "target", optional=True, tooltip="For the operator switch: the finding that takes the place."
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="Where to steer: white fully, black not at all. Any size; soft edges count in part.",
+                ),
             ],
             outputs=[io.Model.Output("model", tooltip="The steered model, for KSampler. Steer nodes can be chained.")],
             hidden=[io.Hidden.unique_id],
@@ -143,8 +187,12 @@ class Steer(io.ComfyNode):
         rows: str,
         operator: dict[str, Any] | None = None,
         preset: str = CUSTOM,
+        curve: str = CONSTANT,
+        target=None,
+        mask=None,
     ) -> io.NodeOutput:
         parameters = dict(operator or {})  # ComfyUI passes nothing for an operator that it does not know
         name = parameters.pop("operator", None)
-        steered, text = steer(model, vector, name, parameters, start_percent, end_percent, sites, rows, preset)
+        window = (start_percent, end_percent)
+        steered, text = steer(model, vector, name, parameters, *window, sites, rows, preset, curve, target, mask)
         return io.NodeOutput(steered, ui=note(text, cls.hidden.unique_id))

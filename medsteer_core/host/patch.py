@@ -20,6 +20,7 @@ from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from torch import Tensor, nn
 
 from ..errors import MedSteerError
+from ..pathology_vector import PathologyVector
 from ..steering import ALL_ROWS, PreparedPlan, Steering, SteeringPlan
 from .rows import INDEX_NAMES, block_rows, names_of_indices, names_of_uuids, row_finder
 from .sites import Found, find, find_sites, output_width
@@ -127,9 +128,13 @@ def _with(model: ModelPatcher, key: str, value: object) -> ModelPatcher:
 
 
 def check_fits(model: ModelPatcher, steering: Steering) -> None:
-    """Refuse a vector whose sites or widths are not the model's, naming the first that differs."""
+    """Refuse a steering whose vectors' sites or widths are not the model's, naming the first that differs."""
     sites = find_sites(model.model.diffusion_model)
-    vector = steering.vector
+    for vector in (steering.vector, *([] if steering.target is None else [steering.target])):
+        _check_vector(sites, vector, steering.sites)
+
+
+def _check_vector(sites: dict[str, nn.Module], vector: PathologyVector, chosen: Sequence[str]) -> None:
     known = {*vector.site_names, *vector.provenance.get("dropped_sites", ())}
     strange = [name for name in known if name not in sites] or [name for name in sites if name not in known]
     if strange:
@@ -137,7 +142,7 @@ def check_fits(model: ModelPatcher, steering: Steering) -> None:
             f"This vector was made for another model: it has {len(known)} sites and the model has {len(sites)}, "
             f"{_span(sites)}; '{sorted(strange)[0]}' is in only one of them. Extract a vector from this model."
         )
-    for name in steering.sites:
+    for name in chosen:
         width = output_width(sites[name])
         if width is not None and width != vector.channels(name):
             raise MedSteerError(
@@ -202,14 +207,16 @@ def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, 
     rows = row_finder(x.shape[0], options, run.uuid_names, run.index_names)
     parts = [block_rows(rows, x.shape[0], options, index, len(blocks)) for index in range(len(blocks))]
 
+    size = tuple(x.shape[2:])
+
     def visit(name: str, output: Tensor) -> Tensor:
         _check_rows(name, output, x.shape[0])
         if name in active:
             for start, stop in parts[0][0]("positive") if shown else ():
                 before = output[start:stop]
-                run.changes.observe(before, run.shown.apply(name, before, lambda _name: None))
+                run.changes.observe(before, run.shown.apply(name, before, lambda _name: None, None, size))
             for plan, (named, everything) in zip(blocks, parts, strict=True):
-                output = plan.apply(name, output, named, everything)
+                output = plan.apply(name, output, named, everything, size)
         for cond, observer in observers.items():
             for start, stop in rows(cond):
                 observer.observe(name, sigma, output[start:stop])

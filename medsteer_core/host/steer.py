@@ -7,16 +7,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from comfy.model_patcher import ModelPatcher
+from torch import Tensor
 
 from ..errors import MedSteerError
 from ..operators import make_operator
 from ..pathology_vector import PathologyVector
 from ..presets import CUSTOM, find_preset, scaled_sites
 from ..reference_vectors import check_statistics
+from ..schedule import CONSTANT
 from ..selection import select_sites
 from ..steering import Steering
 from .extraction import differs
 from .patch import steered
+from .sampling import curve as sampling_curve
 from .sampling import window
 from .sites import find_sites
 
@@ -31,10 +34,14 @@ def steer(
     sites: str,
     rows: str,
     preset: str = CUSTOM,
+    curve: str = CONSTANT,
+    target: PathologyVector | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[ModelPatcher, str]:
     """A steered clone of ``model`` and one line on what was set, warnings included.
 
-    A ``preset`` other than "custom" takes the place of operator, parameters, sites and rows; the window stays.
+    A ``preset`` other than "custom" takes the place of operator, parameters, sites and rows; the rest stays. ``target``
+    is the second vector of the operator switch; ``mask`` (1 or images, H, W) in 0..1 confines the steering.
     """
     note = ""
     if preset == CUSTOM:
@@ -46,9 +53,24 @@ def steer(
         note = f"{preset} in place of operator, sites and rows: {published.describe()}\n"
     acting = make_operator(operator, **parameters)
     check_statistics(vector, acting)
-    steering = Steering(vector, acting, window(model, start_percent, end_percent), chosen, rows.strip())
+    steering = Steering(
+        vector,
+        acting,
+        window(model, start_percent, end_percent),
+        chosen,
+        rows.strip(),
+        target if acting.needs_target else None,
+        mask[None] if mask is not None and mask.ndim == 2 else mask,
+        sampling_curve(model, curve, start_percent, end_percent),
+    )
     result = steered(model, steering)
     note += f"{operator} at {len(chosen)} of {len(vector.site_names)} sites, rows {steering.rows}"
+    if curve != CONSTANT:
+        note += f", strength curve {curve}"
+    if mask is not None:
+        note += f", masked ({float(mask.float().mean()):.0%} of the image)"
+    if target is not None and not acting.needs_target:
+        note += f"\nWarning: a target is connected, which {operator} does not use."
     if steering.operator.is_identity:
         note += "; strength 0 changes nothing"
     warning = differs(vector, model)

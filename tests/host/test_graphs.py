@@ -41,7 +41,8 @@ SCHEMA = {
     ),
     "MedSteer_PixArtSigmas": (["steps", "denoise"], ["SIGMAS"]),
     "MedSteer_Steer": (
-        ["model", "vector", "operator", "start_percent", "end_percent", "sites", "rows", "preset"], ["MODEL"],
+        ["model", "vector", "operator", "start_percent", "end_percent", "sites", "rows", "preset", "curve", "target",
+         "mask"], ["MODEL"],
     ),
     "MedSteer_CounterfactualCompare": (["factual", "counterfactual"], ["IMAGE", "STRING"]),
 }  # fmt: skip

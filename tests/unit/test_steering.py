@@ -1,13 +1,14 @@
 import dataclasses
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from medsteer_core.errors import MedSteerError
-from medsteer_core.operators import Ablate, Add, Affine, Suppress, ablate, affine, suppress
+from medsteer_core.operators import Ablate, Add, Affine, Suppress, Switch, ablate, affine, suppress
 from medsteer_core.pathology_vector import PathologyVector, SiteDirections
-from medsteer_core.schedule import SigmaWindow
+from medsteer_core.schedule import SigmaWindow, StrengthCurve
 from medsteer_core.steering import PreparedPlan, Steering, SteeringPlan, apply_steering
 
 NAMES = ("b.0", "b.1", "b.2")
@@ -276,3 +277,80 @@ def test_a_batch_equals_its_rows_one_by_one():
     together = run(plan, a=a)[1]
     alone = torch.cat([run(plan, a=a[i : i + 1])[1] for i in range(len(a))])
     torch.testing.assert_close(together, alone, rtol=1e-6, atol=1e-6)
+
+
+# Curves, masks and a second vector
+
+
+def test_a_curve_multiplies_the_strength_at_each_noise_level():
+    curve = StrengthCurve((10.0, 1.0), (0.0, 1.0))
+    one = replace(steering(operator=Suppress(2.0, False)), curve=curve)
+    assert one.operator_at(10.0**0.5).strength == pytest.approx(1.0)
+    assert one.operator_at(1.0).strength == 2.0
+    assert not one.acts_at(10.0) and one.acts_at(9.0)
+    a = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    prepared = PreparedPlan(SteeringPlan((one,)))
+    (site, *_) = prepared.prepare(10.0**0.5, a.dtype, a.device)
+    half = PreparedPlan(SteeringPlan((replace(one, curve=None, operator=Suppress(1.0, False)),)))
+    half.prepare(10.0**0.5, a.dtype, a.device)
+    torch.testing.assert_close(prepared.apply(site, a, {}), half.apply(site, a, {}))
+
+
+def test_an_operator_without_a_strength_takes_no_curve():
+    with pytest.raises(MedSteerError, match="ablate has no strength"):
+        replace(steering(operator=Ablate()), curve=StrengthCurve((1.0,), (0.5,)))
+
+
+def test_a_mask_steers_what_it_covers_of_each_token():
+    mask = torch.zeros(1, 8, 8)
+    mask[:, :4, :4] = 1.0  # the first of 2 x 2 tokens
+    mask[:, :4, 4:6] = 1.0  # half of the second
+    one = replace(steering(operator=Ablate()), mask=mask)
+    a = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(1))
+    prepared, free = (PreparedPlan(SteeringPlan((s,))) for s in (one, replace(one, mask=None)))
+    (site, *_) = prepared.prepare(5.0, a.dtype, a.device)
+    free.prepare(5.0, a.dtype, a.device)
+    masked, whole = prepared.apply(site, a, {}, size=(8, 8)), free.apply(site, a, {})
+    assert torch.equal(masked[:, 0], whole[:, 0]) and torch.equal(masked[:, 2:], a[:, 2:])
+    torch.testing.assert_close(masked[:, 1], (a[:, 1] + whole[:, 1]) / 2)
+
+
+def test_each_image_of_a_batch_has_its_own_mask_in_every_conditionings_rows():
+    masks = torch.stack([torch.ones(4, 4), torch.zeros(4, 4)])
+    one = replace(steering(operator=Ablate()), mask=masks)
+    a = torch.randn(4, 4, 8, generator=torch.Generator().manual_seed(2))  # two conditionings of two images
+    prepared = PreparedPlan(SteeringPlan((one,)))
+    (site, *_) = prepared.prepare(5.0, a.dtype, a.device)
+    result = prepared.apply(site, a, {}, size=(4, 4))
+    assert [torch.equal(result[row], a[row]) for row in range(4)] == [False, True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [(torch.zeros(1, 4, 4), "black everywhere"), (torch.full((1, 4, 4), 1.5), "outside 0 to 1"),
+     (torch.full((1, 4, 4), torch.nan), "outside 0 to 1"), (torch.ones(4, 4), "has shape")],
+)  # fmt: skip
+def test_masks_that_mean_nothing_are_refused(mask, message):
+    with pytest.raises(MedSteerError, match=message):
+        replace(steering(), mask=mask)
+
+
+def test_a_mask_on_video_latents_is_refused():
+    one = replace(steering(operator=Ablate()), mask=torch.ones(1, 4, 4))
+    prepared = PreparedPlan(SteeringPlan((one,)))
+    (site, *_) = prepared.prepare(5.0, torch.float32, torch.device("cpu"))
+    with pytest.raises(MedSteerError, match="image models only"):
+        prepared.apply(site, torch.randn(1, 4, 8), {}, size=(2, 4, 4))
+
+
+def test_switch_takes_the_second_vectors_directions():
+    source, target = make_vector(), make_vector(seed=9)
+    with pytest.raises(MedSteerError, match="needs a second vector"):
+        steering(vector=source, operator=Switch(1.0))
+    one = replace(steering(vector=source, operator=Suppress()), operator=Switch(1.5), target=target)
+    a = torch.randn(1, 6, 8, generator=torch.Generator().manual_seed(3))
+    prepared = PreparedPlan(SteeringPlan((one,)))
+    (site, *_) = prepared.prepare(5.0, a.dtype, a.device)
+    d, t = (vector.at(site, 5.0).directions[0] for vector in (source, target))
+    expected = a + 1.5 * (a @ d).clamp_min(0)[..., None] * (t - d)
+    torch.testing.assert_close(prepared.apply(site, a, {}), expected)

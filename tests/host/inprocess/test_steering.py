@@ -11,7 +11,10 @@ from medsteer_pack.medsteer_core.host import patch, sampling, steer
 
 POSITIVE, NEGATIVE = tiny.cond(1), tiny.cond(2)
 SITES = [f"blocks.{index}.cross_attn.proj" for index in range(tiny.DEPTH)]
-ZERO = [("suppress", {"strength": 0.0, "keep_norm": True}), ("add", {"strength": 0.0, "toward": "present"})]
+ZERO = [
+    ("suppress", {"strength": 0.0, "keep_norm": True}), ("add", {"strength": 0.0, "toward": "present"}),
+    ("set", {"strength": 0.0, "toward": "absent"}),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,7 @@ def run(model, **options):
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m"])
-@pytest.mark.parametrize(("operator", "parameters"), ZERO, ids=["suppress", "add"])
+@pytest.mark.parametrize(("operator", "parameters"), ZERO, ids=["suppress", "add", "set"])
 def test_strength_zero_is_bit_identical_to_no_node(pixart, vector, sampler, operator, parameters):
     still = tiny.steered(pixart, vector, operator=operator, **parameters)
     assert torch.equal(run(still, sampler=sampler), run(pixart, sampler=sampler))
@@ -269,3 +272,72 @@ def test_latents_that_are_not_finite_are_an_error(pixart, vector):
     steered = tiny.steered(pixart, vector, operator="add", strength=1e30)
     with pytest.raises(MedSteerError, match="NaN or infinite latents. Lower the strength"):
         run(steered)
+
+
+# Mask, curve and a second vector
+
+
+def with_more(model, vector, operator, parameters, *, start=0.0, end=1.0, **more):
+    return steer.steer(model, vector, operator, parameters, start, end, "all", "all", **more)[0]
+
+
+def test_a_white_mask_is_bit_identical_to_none_and_a_half_mask_is_between(pixart, vector):
+    suppress = ("suppress", {"strength": 2.0})
+    plain, free = run(pixart), run(with_more(pixart, vector, *suppress))
+    assert torch.equal(run(with_more(pixart, vector, *suppress, mask=torch.ones(1, 64, 64))), free)
+    left = torch.zeros(1, 64, 64)
+    left[:, :, :32] = 1
+    half = run(with_more(pixart, vector, *suppress, mask=left))
+    change = (half - plain).abs().mean(dim=(0, 1, 2))
+    assert change[:4].mean() > 1.5 * change[4:].mean()  # self-attention carries some of it over
+
+
+def test_strength_zero_is_bit_identical_under_a_mask_a_curve_and_switch(pixart, vector):
+    plain = run(pixart)
+    mask = torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(0))
+    zero = ("suppress", {"strength": 0.0})
+    for steered in (
+        with_more(pixart, vector, *zero, mask=mask),
+        with_more(pixart, vector, *zero, curve="bell"),
+        with_more(pixart, vector, "switch", {"strength": 0.0}, target=tiny.vector(pixart, seed=4)),
+    ):
+        assert torch.equal(run(steered), plain)
+
+
+def test_a_curve_goes_over_the_window(pixart):
+    found = sampling.curve(pixart, "fade in", 0.2, 0.8)
+    levels = pixart.get_model_object("model_sampling")
+    for percent, gain in ((0.2, 0.0), (0.5, 0.5), (0.8, 1.0)):
+        assert found.at(float(levels.percent_to_sigma(percent))) == pytest.approx(gain, abs=0.02)
+    bell = sampling.curve(pixart, "bell", 0.0, 1.0)
+    assert bell.at(float(levels.percent_to_sigma(0.5))) == pytest.approx(1.0, abs=0.01)
+    assert sampling.curve(pixart, "constant", 0.0, 1.0) is None
+    with pytest.raises(MedSteerError, match="no strength curve 'step'"):
+        sampling.curve(pixart, "step", 0.0, 1.0)
+
+
+def test_a_curve_steers_less_than_the_constant_strength(pixart, vector):
+    plain = run(pixart)
+    change = [
+        (run(with_more(pixart, vector, "suppress", {"strength": 2.0}, curve=curve)) - plain).abs().mean()
+        for curve in ("constant", "fade out")
+    ]
+    assert 0 < change[1] < change[0]
+
+
+def test_switch_needs_a_target_of_this_model(pixart, vector):
+    with pytest.raises(MedSteerError, match="needs a second vector"):
+        with_more(pixart, vector, "switch", {"strength": 1.0})
+    with pytest.raises(MedSteerError, match="has 32 channels in the vector and 48 in the model"):
+        with_more(pixart, vector, "switch", {"strength": 1.0}, target=tiny.vector(pixart, width=32))
+    steered = with_more(pixart, vector, "switch", {"strength": 1.0}, target=tiny.vector(pixart, seed=4))
+    assert (run(steered) - run(pixart)).abs().mean() > 1e-3
+
+
+def test_a_target_that_the_operator_does_not_use_is_said(pixart, vector):
+    _model, note = steer.steer(
+        pixart, vector, "suppress", {"strength": 1.0}, 0.0, 1.0, "all", "all", curve="bell", target=vector,
+        mask=torch.ones(1, 8, 8),
+    )  # fmt: skip
+    assert "strength curve bell, masked (100% of the image)" in note
+    assert "Warning: a target is connected, which suppress does not use." in note
