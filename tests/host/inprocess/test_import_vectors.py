@@ -235,10 +235,13 @@ def steering_of(model):
     return only
 
 
-def test_preset_is_the_last_input_and_changes_nothing_by_default(pixart):
+def test_preset_stands_behind_the_inputs_of_older_workflows_and_changes_nothing_by_default(pixart):
+    older = ["model", "vector", "operator", "start_percent", "end_percent", "sites", "rows"]
     inputs = Steer.define_schema().inputs
-    assert inputs[-1].id == "preset" and inputs[-1].optional and inputs[-1].default == "custom"
-    assert inputs[-1].options == ["custom", "MedSteer (paper)", "PolypSteer"]
+    assert [entry.id for entry in inputs[: len(older)]] == older
+    preset = inputs[len(older)]
+    assert preset.id == "preset" and preset.optional and preset.default == "custom"
+    assert preset.options == ["custom", "MedSteer (paper)", "PolypSteer"]
     operator = {"operator": "suppress", "strength": 1.5, "keep_norm": False}
     arguments = (pixart, tiny.vector(pixart), 0.2, 0.9, "0-1", "positive")
     old, old_text = run(Steer, *arguments, operator=operator)  # as a workflow saved before there were presets
