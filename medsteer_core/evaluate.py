@@ -84,6 +84,8 @@ def score_pairs(
     a, b = checked_pair(factuals, counterfactuals, batch=True)
     opinion = (judges or embedded_judges())(torch.cat([a, b]))
     identity = None if terms is ENDOPHANTOM else judges.identity
+    if terms is not ENDOPHANTOM and not identity:
+        raise MedSteerError("The judge has no identity; a text that tells it from other judges was expected.")
     return scores_of(a, b, opinion, source, target, terms, identity)
 
 

@@ -58,6 +58,7 @@ ENDOPHANTOM = Terms(
     mask_margin=MASK_MARGIN,
 )
 # What a pair can miss to be a flip, in the order of `PairScore.misses`.
+UNNAMED = "a judge without a name"  # answers only a part and says no identity
 CRITERIA = ("label", "finding left", "finding not added", "distance", "mask")
 _DECIDING = ("counterfactual_label", "finding_left", "finding_added", "distance", "ssim_outside")
 
@@ -155,7 +156,8 @@ def scores_of(
     columns["misses"] = [_missed(*row, target, terms) for row in deciding]
     columns["flipped"] = [not missed for missed in columns["misses"]]
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    record = _of_the_judge(before, source, target, terms, identity, found) if identity else {}
+    silent = None in (before.masks, before.distances, before.anatomy)
+    record = _of_the_judge(before, source, target, terms, identity or UNNAMED, found) if identity or silent else {}
     return [PairScore(source=source, target=target, **row, **record) for row in rows]
 
 

@@ -47,7 +47,7 @@ def parse_config(text: str, name: str) -> dict[str, Any]:
     """A diffusers config.json; MedSteerError naming ``name`` when it is none, or not that of a plain PixArt."""
     try:
         config = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MedSteerError(f"'{name}' is no JSON ({error}); the config.json of a PixArt was expected.") from error
     if not isinstance(config, dict):
         raise MedSteerError(f"'{name}' holds a {type(config).__name__}; the config.json of a PixArt was expected.")

@@ -64,7 +64,7 @@ class Weight:
 
 def find_pixart(keys: Iterable[str]) -> tuple[str, str] | None:
     """``(format, prefix)`` of the PixArt among the names of a file's weights; None when there is none."""
-    keys = set(keys)
+    keys = {key for key in keys if isinstance(key, str)}
     for form, marks in MARKS.items():
         prefixes = [p for p in prefixes_of(keys, marks[0]) if all(p + mark in keys for mark in marks)]
         if prefixes:
@@ -127,12 +127,18 @@ def sizes_of(state: Mapping[str, Any], form: str, name: str) -> Sizes:
         raise MedSteerError(f"'{name}' has width {width}; a multiple of {12 if micro else 4} was expected of a PixArt.")
     prompt = state.get(PROMPT[form])
     tokens = prompt.shape[0] if prompt is not None and prompt.ndim == 2 else None
-    return Sizes(form, width, _depth(state, form), in_channels, out_channels, caption, patch, micro, tokens)
+    return Sizes(form, width, _depth(state, form, name), in_channels, out_channels, caption, patch, micro, tokens)
 
 
-def _depth(state: Mapping[str, Any], form: str) -> int:
-    numbers = {int(m[1]) for key in state if (m := re.match(rf"{BLOCKS[form]}\.(\d+)\.", key))}
-    return max(numbers, default=-1) + 1
+def _depth(state: Mapping[str, Any], form: str, name: str) -> int:
+    numbers = {m[1] for key in state if (m := re.match(rf"{BLOCKS[form]}\.(\d{{1,9}})\.", key))}
+    missing = next((number for number in map(str, range(len(numbers))) if number not in numbers), None)
+    if missing is not None:
+        raise MedSteerError(
+            f"'{name}' has {len(numbers)} blocks and no block {missing} among them; blocks from 0 on without a gap "
+            f"were expected. {ADVICE}"
+        )
+    return len(numbers)
 
 
 def to_original(state: dict[str, Tensor], sizes: Sizes, name: str) -> dict[str, Tensor]:

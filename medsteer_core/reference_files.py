@@ -120,7 +120,8 @@ def read_npz(data: bytes, name: str) -> ReferenceField:
         if len(layers) != values.shape[1] or len(set(layers)) != len(layers) or min(layers) < 0:
             raise ValueError(f"with {len(layers)} layer_ids ({_some(layers)}) for {values.shape[1]} layers")
     # The archive's and the arrays' ways to be damaged, encrypted or packed unusually.
-    except (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+    except (ValueError, TypeError, OverflowError, OSError, EOFError, RuntimeError, SystemError, zipfile.BadZipFile,
+            zlib.error) as error:  # fmt: skip
         expected = f"'{NPZ_FORMAT}' with values float32 (steps, layers, C), {', '.join(_MEMBERS[2:])}"
         raise _unlike(name, f"a NumPy archive {error}", expected) from error
     return ReferenceField(

@@ -2,7 +2,8 @@
 
 Python's own unpickler imports and calls whatever a file names. This one is a small interpreter of the opcodes that such
 values need: a global is looked up in a table of this file's own readers, never imported, and numpy arrays are made here
-from checked bytes. So what a file can do is to hold values, and it can't hold more of them than it has bytes for.
+from checked bytes. So what a file can do is to hold values. Bytes that it has made of a text (protocol 2's way) count
+together: it can't make more of them than it is long.
 """
 
 import io
@@ -35,7 +36,7 @@ def loads(data: bytes, name: str) -> Any:
     `name` is the file's, for errors. Raises MedSteerError for anything else, naming the global or the opcode that was
     asked for, and for a damaged file.
     """
-    machine = _Machine(name)
+    machine = _Machine(name, len(data))
     stream = io.BytesIO(data)
     try:
         for _ in range(OPCODES):
@@ -158,8 +159,9 @@ for _core in ("numpy.core", "numpy._core"):  # numpy before and since version 2
 class _Machine:
     """A pickle's stack, marks and memo. The stack of marks holds the lists below each mark."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, budget: int) -> None:
         self._name = name
+        self._budget = budget  # bytes that may still be made
         self._stack: list[Any] = []
         self._below: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
@@ -211,7 +213,7 @@ class _Machine:
                 function, arguments = self._pop(2)
                 if not isinstance(function, _Function) or not isinstance(arguments, tuple):
                     raise ValueError("a call of something that is no function")
-                stack.append(function.call(*arguments))
+                stack.append(self._paid(function.call(*arguments)))
             case "BUILD":
                 (state,) = self._pop(1)
                 if not isinstance(stack[-1], _Dtype | PickledArray):
@@ -219,6 +221,13 @@ class _Machine:
                 stack[-1].set_state(state)
             case _:  # the others carry their value with them
                 stack.append(argument)
+
+    def _paid(self, made: Any) -> Any:
+        if isinstance(made, bytes):
+            self._budget -= len(made)
+            if self._budget < 0:
+                raise ValueError("one text made into bytes again and again")
+        return made
 
     def _pop(self, count: int) -> list[Any]:
         if len(self._stack) < count:
@@ -240,17 +249,20 @@ class _Machine:
         if type(self._stack[-1]) is not dict:
             raise ValueError("an entry for what is no dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if not isinstance(key, str | int):  # hashing a deeply nested tuple could overflow the stack
-                raise ValueError("a dict with keys other than text and whole numbers")
+            # Hashing a deeply nested tuple could overflow the stack; huge numbers can be chosen to share one hash.
+            if not isinstance(key, str) and not (isinstance(key, int) and 0 <= key < OPCODES):
+                raise ValueError("a dict with keys other than text and whole numbers of a step's size")
             self._stack[-1][key] = value
 
     def _global(self, module: Any, name: Any) -> object:
         if isinstance(module, str) and isinstance(name, str) and (module, name) in _GLOBALS:
             return _GLOBALS[module, name]
-        torch = isinstance(module, str) and module.split(".")[0] == "torch"
+        # Only text is shown: the words for nested tuples can be longer than memory.
+        module, name = (part if isinstance(part, str) else f"a {type(part).__name__}" for part in (module, name))
+        torch = module.split(".")[0] == "torch"
         hint = "Save its tensors as numpy arrays (tensor.numpy())." if torch else "Don't trust this file."
         raise MedSteerError(
-            f"'{self._name}' is a pickle that asks for the global '{module!s:.80}.{name!s:.80}'; only numpy arrays, "
+            f"'{self._name}' is a pickle that asks for the global '{module:.80}.{name:.80}'; only numpy arrays, "
             f"dicts, lists, tuples, text and numbers are read. Nothing was run. {hint}"
         )
 

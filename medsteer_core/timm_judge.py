@@ -143,7 +143,10 @@ def config_of(architecture: str) -> Any:
     config = None
     # "hf-hub:" and "local-dir:" names would read what they point to
     if ":" not in architecture and "/" not in architecture and timm.is_model(architecture):
-        config = timm.get_pretrained_cfg(architecture)
+        try:
+            config = timm.get_pretrained_cfg(architecture)
+        except RuntimeError:  # a tag that the model does not have
+            config = None
     if config is None:
         near = get_close_matches(architecture, timm.list_models() + timm.list_pretrained(), 3)
         hint = f" Near it: {', '.join(near)}." if near else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -69,7 +70,11 @@ def load_described(model_name: str, weight_dtype: str = "default", family: str =
         raise MedSteerError(f"weight_dtype is '{weight_dtype}'; one of {', '.join(WEIGHT_DTYPES)} was expected.")
     if family not in FAMILIES:
         raise MedSteerError(f"family is '{family}'; one of {', '.join(FAMILIES)} was expected.")
-    path = folder_paths.get_full_path_or_raise(folder, name)
+    path = folder_paths.get_full_path(folder, name)
+    if path is None or not os.path.isfile(path):
+        raise MedSteerError(
+            f"'{name}' is a link to a file that is gone. Put the file back and refresh the list (R)."
+        )
     loaded = _open(path, name, WEIGHT_DTYPES[weight_dtype], family)
     logging.info("MedSteer: %s: %s", name, "; ".join(loaded.text.splitlines()))
     return loaded

@@ -67,6 +67,8 @@ def _why_not(sampler: Any, masked: bool) -> str:
         return NOT_PAIRED[name]
     if function is None or not (function.__module__.startswith(KNOWN) or _takes_noise(function)):
         return f"{name} does not let its noise be given"
+    if name.endswith("_cfg_pp"):
+        return "it goes along the unconditional prediction as well, which neither the shared steps nor a lock have"
     if float(sampler.extra_options.get("s_churn", 0) or 0) > 0:
         return "s_churn draws other noise for the two images"
     if masked and sampler.inpaint_options.get("random"):

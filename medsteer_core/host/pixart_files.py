@@ -101,7 +101,7 @@ def _weight_map(index: Path, name: str) -> dict[str, str]:
     """Which shard each weight is in. Names that lead out of the index's folder are refused."""
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise MedSteerError(
             f"'{name}' can't be read: {one_line(error)}. The index of a sharded model was expected."
         ) from error

@@ -13,8 +13,10 @@ import torch
 from PIL import Image
 
 from medsteer_core import evaluate
+from medsteer_core.endophantom.phantom import CLASSES as KVASIR_CLASSES
 from medsteer_core.errors import MedSteerError
 from medsteer_core.evaluate import score_pair, score_pairs, summarise, wilson
+from medsteer_core.judge import Answers, Terms
 from medsteer_core.judge_files import load_judge
 from medsteer_core.preprocessing import Preprocessing
 
@@ -657,3 +659,26 @@ def test_images_that_are_none_are_refused(tmp_path):
     judge = load_judge(blue_folder(tmp_path))
     refused(lambda: judge(picture()), "(3, 64, 64)")
     refused(lambda: judge(torch.zeros(0, 3, 8, 8)), "(0, 3, 8, 8)")
+
+
+def test_a_bare_function_that_answers_a_part_is_said_to_leave_out_the_rest():
+    """Without terms it speaks in EndoPhantom's, and what it does not answer must not pass in silence."""
+    probabilities = torch.zeros(2, 9)
+    probabilities[0, KVASIR_CLASSES.index("polyps")] = 1
+    probabilities[1, KVASIR_CLASSES.index("normal cecum")] = 1
+    images = torch.rand(2, 1, 3, 32, 32)
+    (score,) = score_pairs(*images, "polyps", "normal cecum", lambda _images: Answers(probabilities))
+    assert score.flipped and len(score.not_judged) >= 2
+    assert score.judge == "a judge without a name"
+
+
+def test_a_judge_of_its_own_terms_needs_an_identity():
+    class Nameless:
+        terms = Terms(("a", "b"), ("a", "b"))
+        identity = ""
+
+        def __call__(self, images):
+            return Answers(torch.eye(2))
+
+    with pytest.raises(MedSteerError, match="no identity"):
+        score_pairs(torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32), "a", "b", Nameless())

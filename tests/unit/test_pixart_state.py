@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from medsteer_core import pixart_state
 from medsteer_core.errors import MedSteerError
 from medsteer_core.pixart_state import (
     DIFFUSERS,
@@ -150,3 +151,13 @@ def test_scales_beside_weights_mean_quantised():
     assert is_quantised(["scaled_fp8"], "", None)
     assert is_quantised(["a.weight"], "", {"_quantization_metadata": "{}"})
     assert not is_quantised(["t5.a.scale_weight", "model.scale_shift_table"], "model.", {"format": "pt"})
+
+
+def test_a_stray_block_number_is_refused_before_anything_is_built():
+    state = dict.fromkeys(("blocks.0.a", "blocks.1.a", "blocks.300000.a"))
+    with pytest.raises(MedSteerError, match="has 3 blocks and no block 2 among them"):
+        pixart_state._depth(state, pixart_state.ORIGINAL, "odd.safetensors")
+
+
+def test_names_that_are_no_text_are_not_a_pixarts():
+    assert pixart_state.find_pixart([0, 1, "blocks.0.cross_attn.kv_linear.weight"]) is None

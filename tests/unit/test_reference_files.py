@@ -6,6 +6,7 @@ import os
 import pickle
 import pickletools
 import struct
+import time
 import tracemalloc
 import zipfile
 
@@ -623,3 +624,60 @@ def test_an_interrupted_export_leaves_nothing_behind(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write_npz(from_vector(vector()), tmp_path / "v.npz")
     assert os.listdir(tmp_path) == []
+
+
+# What a review found: small files that took memory or time without end
+
+
+def _read_in_time(data):
+    begun = time.monotonic()
+    with pytest.raises(MedSteerError) as caught:
+        reference_files.read_pickle(data, "small.pickle")
+    assert time.monotonic() - begun < 5.0
+    return str(caught.value)
+
+
+def test_one_text_is_not_made_into_bytes_again_and_again():
+    text = b"a" * (1 << 18)
+    head = (
+        b"\x80\x02c_codecs\nencode\nq\x00X" + struct.pack("<I", len(text)) + text + b"X\x06\x00\x00\x00latin1\x86q\x01"
+    )
+    assert "again and again" in _read_in_time(head + b"h\x00h\x01R" * 3000 + b".")
+
+
+def test_a_globals_name_of_nested_tuples_is_not_spelt_out():
+    shared = b"\x80\x04)" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(40)) + b"\x8c\x01a\x93."
+    deep = b"\x80\x04)" + b"\x85" * 100000 + b"\x8c\x01a\x93."
+    for data in (shared, deep):
+        assert "asks for the global 'a tuple.a'" in _read_in_time(data)
+
+
+def test_keys_that_share_one_hash_are_refused():
+    modulus = (1 << 61) - 1
+    items = b"".join(b"\x8a\x0c" + ((i + 1) * modulus).to_bytes(12, "little") + b"N" for i in range(20000))
+    assert "whole numbers of a step's size" in _read_in_time(b"\x80\x02}(" + items + b"u.")
+
+
+@pytest.mark.parametrize(
+    ("member", "descr", "shape", "body"),
+    [("values", "<f3", "(1,)", b"abc"), ("values", "<U999999999", "(0,)", b""),
+     ("positive_prompts", "<U1", "(1,)", b"\xff\xff\xff\x7f")],
+)  # fmt: skip
+def test_dtypes_and_letters_that_numpy_does_not_know_are_refused_in_our_words(member, descr, shape, body):
+    arrays = {
+        "format": np.array(reference_files.NPZ_FORMAT), "values": np.ones((2, 1, 4), np.float32),
+        "layer_ids": np.array([0]), "positive_prompts": np.array(["a"]), "negative_prompts": np.array(["b"]),
+        "seeds": np.array([1]),
+    }  # fmt: skip
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        for name, array in arrays.items():
+            plain = io.BytesIO()
+            np.save(plain, array)
+            data = plain.getvalue()
+            if name == member:
+                header = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+                data = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + body
+            archive.writestr(f"{name}.npy", data)
+    with pytest.raises(MedSteerError, match="odd.npz"):
+        reference_files.read_npz(stream.getvalue(), "odd.npz")

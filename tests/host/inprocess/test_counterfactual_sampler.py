@@ -181,6 +181,7 @@ def test_a_model_without_steering_is_refused(pixart):
     ("sampler", "reason"),
     [(comfy.samplers.sampler_object("dpm_adaptive"), "chooses its steps from the whole batch"),
      (comfy.samplers.ksampler("euler", {"s_churn": 0.5}), "s_churn draws other noise"),
+     (comfy.samplers.sampler_object("euler_cfg_pp"), "unconditional prediction"),
      (comfy.samplers.Sampler(), "does not let its noise be given")],
 )  # fmt: skip
 def test_samplers_that_cannot_be_paired_are_refused(sampler, reason):
