@@ -36,8 +36,10 @@ FACTUAL = "factual"
 MAKING = ("benchmarks/_lab.py", "benchmarks/_baselines.py", "medsteer_core/host/embedded.py",
           "medsteer_core/host/pixart.py")  # fmt: skip
 STEERING = ("benchmarks/_methods.py", "medsteer_core/host/*.py",
-            *(f"medsteer_core/{name}.py" for name in ("affine", "capture", "estimators", "operators", "schedule",
-                                                      "pathology_vector", "selection", "steering", "steering_rules",
+            *(f"medsteer_core/{name}.py" for name in ("affine", "axes", "capture", "estimators", "operators",
+                                                      "pathology_vector", "sample_estimators", "sample_report",
+                                                      "sample_watch", "samples_record", "schedule", "selection",
+                                                      "separability", "shrinkage", "steering", "steering_rules",
                                                       "token_map", "token_pairs")))  # fmt: skip
 SCORING = ("medsteer_core/endophantom/judges.py",
            *(f"medsteer_core/{name}.py" for name in ("evaluate", "image_pairs", "judge", "pair_parts", "pair_score",

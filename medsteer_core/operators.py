@@ -182,8 +182,9 @@ OPERATORS: dict[str, type[Operator]] = {kind.name: kind for kind in (Suppress, A
 def needs_same_state(operator: str) -> MedSteerError:
     """The error for an operator that reads activations and a vector that does not say how."""
     return MedSteerError(
-        f"The operator '{operator}' needs a vector that was extracted with noise 'same state', and this vector was "
-        "not. Set noise to 'same state' in Extract Pathology Vector and extract it again, or choose another operator."
+        f"The operator '{operator}' needs a vector that was extracted with noise 'same state' or the estimator leace, "
+        "and this vector was not. Set noise to 'same state' in Extract Pathology Vector and extract it again, or "
+        "choose another operator."
     )
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from .pathology_vector import PathologyVector
+from .sample_estimators import ESTIMATORS
+from .sample_report import describe_separability
 
 
 def describe(vector: PathologyVector) -> str:
-    """Prompts, samples, schedule and sites of a vector, and where its class gap is largest."""
+    """Prompts, samples, schedule and sites of a vector, where its class gap is largest, how it fares at new samples."""
     facts = vector.provenance
     texts = {k: v.get("text") for k, v in facts.get("prompts", {}).items() if isinstance(v, dict)}
     pair = f"{texts.get('present') or 'present'} - {texts.get('absent') or 'absent'}"
@@ -25,6 +27,9 @@ def describe(vector: PathologyVector) -> str:
         f"{len(vector.site_names)} sites of {', '.join(map(str, sizes))} channels, rank {vector.rank}",
         f"largest class gap: {relative[best]:.1f} x the spread within a class, at {best}",
     ]
+    if facts.get("estimator") in ESTIMATORS and facts["estimator"] != "mean_difference":
+        lines.append(f"estimator: {facts['estimator'].replace('_', ' ')}")
+    lines += describe_separability(vector)
     if facts.get("explained") is not None:
         lines.append(
             f"affine: {facts['explained']:.0%} of the difference predicted at unseen images, "

@@ -88,10 +88,23 @@ class ExtractPathologyVector(io.ComfyNode):
                     optional=True,
                     tooltip="Only for noise 'same state': how many directions a block and step have.",
                 ),
+                io.Combo.Input(
+                    "estimator",
+                    options=extraction.ESTIMATOR_NAMES,
+                    default=extraction.MEAN_DIFFERENCE,
+                    optional=True,
+                    tooltip=(
+                        "How samples become a direction. mean difference: the paper's. paired difference and principal "
+                        "component: from pairs (noise 'paired'). lda: what tells the classes apart best. leace: what "
+                        "the operator affine needs to erase the finding."
+                    ),
+                ),
             ],
             outputs=[
                 Vector.Output("vector", tooltip="The pathology vector, for Steer and Save Pathology Vector."),
-                io.String.Output("summary", tooltip="What was recorded: prompts, samples, sites, steps, class gaps."),
+                io.String.Output(
+                    "summary", tooltip="What was recorded: prompts, samples, sites, steps, class gaps, separability."
+                ),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],
             has_intermediate_output=True,
@@ -115,6 +128,7 @@ class ExtractPathologyVector(io.ComfyNode):
         sampler=None,
         sigmas=None,
         rank=8,
+        estimator=extraction.MEAN_DIFFERENCE,
     ) -> io.NodeOutput:
         request = extraction.Request(
             present=present,
@@ -128,6 +142,7 @@ class ExtractPathologyVector(io.ComfyNode):
             schedule=sampling.schedule(model, steps, sampler_name, scheduler, sampler, sigmas),
             texts={name: prompt_text(cls.hidden.prompt, cls.hidden.unique_id, name) for name in PROMPTS},
             rank=rank,
+            estimator=estimator,
         )
         vector = extraction.extract(model, request)
         summary = describe(vector)

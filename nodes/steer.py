@@ -138,7 +138,10 @@ class Steer(io.ComfyNode):
                 io.String.Input(
                     "sites",
                     default="all",
-                    tooltip="Cross-attention blocks in order: all, numbers such as 0-3,8, or a name pattern with *.",
+                    tooltip=(
+                        "Cross-attention blocks in order: all, numbers such as 0-3,8, a name pattern with *, or auto: "
+                        "those that tell the classes apart."
+                    ),
                 ),
                 io.String.Input(
                     "rows",

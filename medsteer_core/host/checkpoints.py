@@ -72,9 +72,7 @@ def load_described(model_name: str, weight_dtype: str = "default", family: str =
         raise MedSteerError(f"family is '{family}'; one of {', '.join(FAMILIES)} was expected.")
     path = folder_paths.get_full_path(folder, name)
     if path is None or not os.path.isfile(path):
-        raise MedSteerError(
-            f"'{name}' is a link to a file that is gone. Put the file back and refresh the list (R)."
-        )
+        raise MedSteerError(f"'{name}' is a link to a file that is gone. Put the file back and refresh the list (R).")
     loaded = _open(path, name, WEIGHT_DTYPES[weight_dtype], family)
     logging.info("MedSteer: %s: %s", name, "; ".join(loaded.text.splitlines()))
     return loaded

@@ -14,6 +14,7 @@ from typing import Any
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
+import comfy.utils
 import latent_preview
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -23,6 +24,7 @@ from torch import Tensor
 from ..errors import MedSteerError
 from ..steering import SteeringPlan
 from ..token_map import TokenChange, mask_for_latent, threshold_mask
+from .paired_conds import fit_to_block
 from .paired_noise import BlockSampler, check_pairable
 from .patch import in_blocks, plan_of, with_blocks
 from .sampling import Schedule
@@ -131,10 +133,16 @@ class _Run:
     def __init__(self, model: ModelPatcher, plan: SteeringPlan, request: PairRequest):
         latent = request.latent
         check_pairable(request.schedule.sampler, "noise_mask" in latent)
+        _check_no_cache(model)
         self.model, self.plan, self.request = model, plan, request
         self.latents = comfy.sample.fix_empty_latent_channels(
             model, latent["samples"], latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal")
         )
+        if self.latents.is_nested:
+            raise MedSteerError(
+                "These latents hold video and sound together, which Counterfactual Sampler can't pair. Make the two "
+                "with two samplers and the same seed."
+            )
         self.size = tuple(self.latents.shape[-2:])
         self.is_image = self.latents.ndim == 4
 
@@ -163,7 +171,7 @@ class _Run:
         noise = source.generate_noise({**request.latent, "samples": self.latents})
         mask = request.latent.get("noise_mask")
         if mask is not None and mask.shape[0] > 1:
-            mask = torch.cat([mask] * blocks)
+            mask = torch.cat([comfy.utils.repeat_to_batch_size(mask, len(self.latents))] * blocks)
         schedule = request.schedule
         result = guider.sample(
             torch.cat([noise] * blocks), torch.cat([self.latents] * blocks), BlockSampler(schedule.sampler, blocks),
@@ -187,15 +195,19 @@ class _BlockGuider(comfy.samplers.CFGGuider):
         self.plans = plans
         self.allowed = None if allowed is None else allowed[:, None]
         self._parted = False
+        self._fitted = False
 
     def sample(self, *args, **kwargs) -> Tensor:
-        self._parted = False
+        self._parted = self._fitted = False
         return super().sample(*args, **kwargs)
 
     def predict_noise(self, x: Tensor, timestep: Tensor, model_options: dict | None = None, seed: int | None = None):
         """The denoised prediction for ``x (blocks * images, C, ...)``."""
         blocks = len(self.plans)
         images = x.shape[0] // blocks
+        if not self._fitted:
+            fit_to_block(self.conds, images, blocks)
+            self._fitted = True
         if not self._parted and self._acts_at(float(timestep.max())):
             _check_equal(x, images)
             self._parted = True
@@ -208,6 +220,15 @@ class _BlockGuider(comfy.samplers.CFGGuider):
 
     def _acts_at(self, sigma: float) -> bool:
         return sigma > 0 and any(steering.acts_at(sigma) for plan in self.plans for steering in plan.steerings)
+
+
+def _check_no_cache(model: ModelPatcher) -> None:
+    """Refuse EasyCache and LazyCache: they skip a step by what changed in the whole batch, the counterfactual too."""
+    if "easycache" in model.model_options.get("transformer_options", {}):
+        raise MedSteerError(
+            "Counterfactual Sampler can't use EasyCache or LazyCache: which steps they skip would depend on the "
+            "counterfactual, and so would the factual image. Remove the node, or make the two images with two samplers."
+        )
 
 
 def _check_equal(x: Tensor, images: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import comfy.utils
@@ -15,10 +15,14 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ..affine import affine_map
-from ..capture import ActivationSums, SigmaStatistics
+from ..capture import ActivationSums
 from ..errors import MedSteerError
 from ..estimators import mean_difference
 from ..pathology_vector import PathologyVector
+from ..sample_estimators import ESTIMATORS, NEEDS_PAIRS, estimate
+from ..sample_report import KEY as REPORT
+from ..sample_report import LEAST_SAMPLES, separability_facts
+from ..sample_watch import SampleWatch
 from ..token_pairs import SIDES, PairedActivations, pairs_that_fit
 from . import sampling
 from .fingerprint import fingerprint
@@ -27,6 +31,9 @@ from .sampling import Schedule
 from .sites import find_sites, output_width
 
 PAIRED, UNPAIRED, SAME_STATE = "paired", "unpaired", "same state"
+MEAN_DIFFERENCE = "mean difference"
+ESTIMATOR_NAMES = [name.replace("_", " ") for name in ESTIMATORS]
+NEEDS_VARIATION = ("lda", "leace")
 UNKNOWN_WIDTH = 4096  # what a site is reckoned with whose class does not say its width
 SEEDS = (1 << 64) - 1  # stochastic samplers on the CPU add 1, and torch takes nothing from 2**64 on
 
@@ -46,15 +53,18 @@ class Request:
     schedule: Schedule
     texts: Mapping[str, str | None] = field(default_factory=dict)  # the prompts' texts, where known
     rank: int = 8  # directions a site and step, with noise "same state"; otherwise there is one
+    estimator: str = MEAN_DIFFERENCE  # one of ESTIMATOR_NAMES
 
 
 def extract(model: ModelPatcher, request: Request) -> PathologyVector:
     """A pathology vector with full provenance.
 
-    By the difference of class means (arXiv 2603.07066): each prompt is sampled ``samples`` times. With ``paired`` noise
-    image i of both prompts starts from the same noise; with ``unpaired`` the absent prompt takes the next ``samples``
-    noises of the seed. With noise ``same state`` by regression instead (affine.py): ``samples`` images in all, half of
-    each prompt, and at every state of theirs the other prompt is evaluated too. Progress counts samples x steps.
+    By the difference of class means (arXiv 2603.07066) or another ``estimator``: each prompt is sampled ``samples``
+    times. With ``paired`` noise image i of both prompts starts from the same noise; with ``unpaired`` the absent prompt
+    takes the next ``samples`` noises of the seed. From four samples on the provenance's "separability" says how well
+    each site and step tells unseen samples apart, or why that is not known. With noise ``same state`` by regression
+    instead (affine.py): ``samples`` images in all, half of each prompt, and at every state of theirs the other prompt
+    is evaluated too. Progress counts samples x steps.
     """
     batch = request.latent["samples"].shape[0]
     if batch != 1:
@@ -70,15 +80,42 @@ def extract(model: ModelPatcher, request: Request) -> PathologyVector:
             "different prompts, one with the finding and one without it; if their texts do differ, the text encoder "
             "does not know the words."
         )
+    _check_estimator(request)
     if request.noise == SAME_STATE:
         return _extract_same_state(model, request)
     offset = 0 if request.noise == PAIRED else request.samples
     total = 2 * request.samples * request.schedule.steps
     report = _Progress(model, total)
-    present = _statistics(model, request.present, request, 0, report)
-    absent = _statistics(model, request.absent, request, offset, report)
+    present = _watch(model, request.present, request, 0, report)
+    absent = _watch(model, request.absent, request, offset, report)
     provenance = _provenance(model, request, range(request.samples), range(offset, offset + request.samples))
-    return mean_difference(present, absent, provenance, flow=sampling.is_flow(model))
+    return _estimated(request, present, absent, provenance, sampling.is_flow(model))
+
+
+def _check_estimator(request: Request) -> None:
+    """Refuse, before anything is sampled, an estimator that this request can't feed."""
+    name = request.estimator
+    if name not in ESTIMATOR_NAMES:
+        raise MedSteerError(f"estimator is '{name}'; one of {', '.join(ESTIMATOR_NAMES)} was expected.")
+    if request.noise == SAME_STATE and name != MEAN_DIFFERENCE:
+        raise MedSteerError(
+            f"The estimator '{name}' does not go with noise 'same state', which has an estimator of its own. Set "
+            f"estimator to '{MEAN_DIFFERENCE}', or noise to 'paired'."
+        )
+    if _key(name) in NEEDS_PAIRS and request.noise != PAIRED:
+        raise MedSteerError(
+            f"The estimator '{name}' compares pairs of samples, and noise is '{request.noise}'. Set noise to 'paired', "
+            "or choose another estimator."
+        )
+    if _key(name) in NEEDS_VARIATION and request.samples < 2:
+        raise MedSteerError(
+            f"The estimator '{name}' has to know how samples vary, and samples is {request.samples}; 2 or more were "
+            "expected. Set more samples; 16 is a good start."
+        )
+
+
+def _key(estimator: str) -> str:
+    return estimator.replace(" ", "_")
 
 
 class _Progress:
@@ -99,15 +136,34 @@ class _Progress:
         return callback
 
 
-def _statistics(
-    model: ModelPatcher, positive: list, request: Request, first: int, report: _Progress
-) -> dict[str, SigmaStatistics]:
-    sums = ActivationSums()
-    watched = observed(model, sums)
+def _watch(model: ModelPatcher, positive: list, request: Request, first: int, report: _Progress) -> SampleWatch:
+    """One prompt's samples, from image ``first`` of the seed on: what the estimator and the report need of them."""
+    needed = request.estimator != MEAN_DIFFERENCE
+    watch = SampleWatch(ActivationSums(), request.samples, needed, wanted=needed or request.samples >= LEAST_SAMPLES)
+    watched = observed(model, watch)
     for images, noise, seed in _batches(model, request, range(first, first + request.samples)):
         callback = report.for_batch(len(images))
-        sampling.sample(watched, positive, request.negative, noise, request.schedule, request.cfg, seed, callback)
-    return sums.statistics()
+        with watch.run(images):
+            sampling.sample(watched, positive, request.negative, noise, request.schedule, request.cfg, seed, callback)
+    return watch
+
+
+def _estimated(
+    request: Request, present: SampleWatch, absent: SampleWatch, provenance: dict[str, Any], flow: bool
+) -> PathologyVector:
+    """The vector of what was seen, with the report on how well it tells unseen samples apart."""
+    name, records = _key(request.estimator), (present.record(), absent.record())
+    if request.estimator == MEAN_DIFFERENCE:
+        vector = mean_difference(present.sums.statistics(), absent.sums.statistics(), provenance, flow)
+    else:
+        vector = estimate(name, *records, provenance, flow)
+    if request.samples < LEAST_SAMPLES:
+        return vector
+    if None in records:
+        facts = {"left_out": present.left_out or absent.left_out}
+    else:
+        facts = separability_facts(*records, name, vector.site_names)
+    return replace(vector, provenance={**vector.provenance, REPORT: facts})
 
 
 def _extract_same_state(model: ModelPatcher, request: Request) -> PathologyVector:

@@ -64,6 +64,7 @@ class _Run:
         self.conds: dict[str, Any] = {}
         self.uuid_names: dict[Any, str] = {}
         self.index_names: tuple[str, ...] = INDEX_NAMES
+        self.size: tuple[int, ...] | None = None  # of the latent whose areas the model calls see
         self._found: dict[int, Found] = {}
 
     def found(self, diffusion_model: nn.Module) -> Found:
@@ -184,8 +185,10 @@ def _predict_noise(executor: Callable, x: Tensor, timestep: Tensor, model_option
 def _calc_cond_batch(executor: Callable, model: Any, conds: list, x: Tensor, timestep: Tensor, model_options: dict):
     """Learn which conditioning each index of the coming model calls means; guiders order them as they like."""
     run = model_options.get("transformer_options", {}).get(_RUN)
-    if run is not None and run.conds:
-        run.index_names = names_of_indices(conds, run.conds)
+    if run is not None:
+        run.size = tuple(x.shape[2:])
+        if run.conds:
+            run.index_names = names_of_indices(conds, run.conds)
     return executor(model, conds, x, timestep, model_options)
 
 
@@ -208,11 +211,14 @@ def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, 
     parts = [block_rows(rows, x.shape[0], options, index, len(blocks)) for index in range(len(blocks))]
 
     size = tuple(x.shape[2:])
+    is_part = run.size is not None and size != run.size
+    _check_masks(blocks, x.shape[0] // len(options.get("cond_or_uncond") or [0]) // len(blocks), is_part)
 
     def visit(name: str, output: Tensor) -> Tensor:
         _check_rows(name, output, x.shape[0])
         if name in active:
-            for start, stop in parts[0][0]("positive") if shown else ():
+            # The map is of the whole image: a call for an area of it is no part of that.
+            for start, stop in parts[0][0]("positive") if shown and not is_part else ():
                 before = output[start:stop]
                 run.changes.observe(before, run.shown.apply(name, before, lambda _name: None, None, size))
             for plan, (named, everything) in zip(blocks, parts, strict=True):
@@ -240,6 +246,20 @@ def _check_rows(name: str, output: Tensor, rows: int) -> None:
             f"Site '{name}' gave an activation of shape {tuple(output.shape)} in a model call of {rows} rows; "
             f"({rows}, tokens, channels) was expected. Remove patches that change the batch inside the model."
         )
+
+
+def _check_masks(plans: Sequence[PreparedPlan], images: int, is_part: bool) -> None:
+    """Refuse masks on Steer that don't fit a call of ``images``, or that sees an area of the image (``is_part``)."""
+    for mask in (steering.mask for plan in plans for steering in plan.plan.steerings if steering.mask is not None):
+        if images % len(mask):
+            raise MedSteerError(
+                f"Steer has {len(mask)} masks, and this run makes {images} images. Give it 1 or {images}."
+            )
+        if is_part:
+            raise MedSteerError(
+                "A mask on Steer covers the whole image, and a conditioning here is for an area of it. Give the "
+                "conditioning a mask instead (with set_cond_area 'default'), or remove the mask from Steer."
+            )
 
 
 def _uncompiled(options: dict[str, Any]) -> AbstractContextManager:

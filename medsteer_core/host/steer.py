@@ -14,8 +14,10 @@ from ..operators import make_operator
 from ..pathology_vector import PathologyVector
 from ..presets import CUSTOM, find_preset, scaled_sites
 from ..reference_vectors import check_statistics
+from ..sample_report import AUROC, recorded
 from ..schedule import CONSTANT
-from ..selection import select_sites
+from ..selection import has_auto, select_sites
+from ..separability import AUTO_THRESHOLD
 from ..steering import Steering
 from .extraction import differs
 from .patch import steered
@@ -45,7 +47,7 @@ def steer(
     """
     note = ""
     if preset == CUSTOM:
-        chosen = select_sites(sites, vector.site_names)
+        chosen = select_sites(sites, vector.site_names, recorded(vector, AUROC))
     else:
         published = find_preset(preset)
         operator, parameters, rows = published.operator, published.parameters, published.rows
@@ -65,6 +67,8 @@ def steer(
     )
     result = steered(model, steering)
     note += f"{operator} at {len(chosen)} of {len(vector.site_names)} sites, rows {steering.rows}"
+    if preset == CUSTOM and has_auto(sites):
+        note += f"; auto took those with an AUROC of {AUTO_THRESHOLD:g} or more at unseen samples"
     if curve != CONSTANT:
         note += f", strength curve {curve}"
     if mask is not None:

@@ -24,7 +24,7 @@ SCHEMA = {
     ),
     "MedSteer_ExtractPathologyVector": (
         ["model", "present", "absent", "negative", "latent_image", "samples", "seed", "steps", "cfg", "sampler_name",
-         "scheduler", "noise", "sampler", "sigmas", "rank"],
+         "scheduler", "noise", "sampler", "sigmas", "rank", "estimator"],
         ["MEDSTEER_VECTOR", "STRING"],
     ),
     "MedSteer_SavePathologyVector": (["vector", "filename_prefix"], ["STRING"]),

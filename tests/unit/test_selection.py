@@ -1,7 +1,7 @@
 import pytest
 
 from medsteer_core.errors import MedSteerError
-from medsteer_core.selection import select_sites
+from medsteer_core.selection import has_auto, select_sites
 
 NAMES = tuple(f"blocks.{i}.cross_attn.proj" for i in range(12))
 
@@ -51,3 +51,28 @@ def test_a_spec_that_chooses_nothing_says_what_there_is(spec, message):
 def test_no_names_to_choose_from_is_an_error():
     with pytest.raises(MedSteerError, match="no cross-attention site"):
         select_sites("all", ())
+
+
+AUROC = {name: [1.0, 0.9 if index in (2, 7) else 0.7] for index, name in enumerate(NAMES)}
+
+
+@pytest.mark.parametrize(
+    ("spec", "wanted"), [("auto", [2, 7]), (" Auto , 0", [0, 2, 7]), ("all, auto", list(range(12)))]
+)
+def test_auto_chooses_the_sites_that_separate_unseen_samples(spec, wanted):
+    assert [NAMES.index(name) for name in select_sites(spec, NAMES, AUROC)] == wanted
+
+
+@pytest.mark.parametrize("auroc", [None, {}])
+def test_auto_without_a_report_says_to_extract_anew(auroc):
+    with pytest.raises(MedSteerError, match="sites is 'auto', but .* Extract it anew with at least 4 samples"):
+        select_sites("auto", NAMES, auroc)
+
+
+def test_auto_that_no_site_passes_names_the_best():
+    with pytest.raises(MedSteerError, match="AUROC of 0.9 or more on unseen samples; the best is 'a' with 0.70"):
+        select_sites("auto", ["a", "b"], {"a": [0.7], "b": [0.6]})
+
+
+def test_whether_a_spec_has_auto():
+    assert has_auto(" AUTO,3") and not has_auto("automatic*, all")

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import comfy.conds
 import comfy.samplers
 import pytest
 import tiny
@@ -9,6 +10,7 @@ import torch
 from medsteer_pack.medsteer_core.errors import MedSteerError
 from medsteer_pack.medsteer_core.host import counterfactual, sampling
 from medsteer_pack.medsteer_core.host.counterfactual import CONCEPT, PairRequest, multiples_of, sample_pair
+from medsteer_pack.medsteer_core.host.paired_conds import fit_to_block
 from medsteer_pack.medsteer_core.host.paired_noise import check_pairable
 from medsteer_pack.medsteer_core.host.patch import plan_of
 from medsteer_pack.medsteer_core.host.patch import steered as patch_steered
@@ -268,3 +270,23 @@ def test_the_node_gives_latents_masks_and_words(pixart):
     factual, other, concept_map, mask, summary = result
     assert factual["samples"].shape == other["samples"].shape == (1, 4, 8, 8)
     assert concept_map.shape == mask.shape == (1, 64, 64) and "mask_source: none" in summary
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_images_beside_the_latents_reach_every_block_or_are_refused(images):
+    """ComfyUI spreads them over the call's rows as 0, 0, 1, 1: for two images no block would have its own."""
+    values = torch.arange(float(images)).repeat_interleave(2).view(-1, 1, 1, 1)
+    conds = {"positive": [{"model_conds": {"c_concat": comfy.conds.CONDNoiseShape(values)}}]}
+    if images == 1:
+        fit_to_block(conds, images, 2)
+        assert len(conds["positive"][0]["model_conds"]["c_concat"].cond) in (1, images)
+    else:
+        with pytest.raises(MedSteerError, match="Make one pair at a time"):
+            fit_to_block(conds, images, 2)
+
+
+def test_a_batched_prompt_begins_anew_in_every_block():
+    prompts = torch.arange(2.0).view(2, 1, 1)
+    conds = {"positive": [{"model_conds": {"c_crossattn": comfy.conds.CONDRegular(prompts)}}]}
+    fit_to_block(conds, 3, 2)
+    assert conds["positive"][0]["model_conds"]["c_crossattn"].cond.flatten().tolist() == [0, 1, 0]

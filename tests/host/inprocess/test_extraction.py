@@ -1,15 +1,21 @@
 """Extraction inside ComfyUI: the recorded directions, their provenance, progress and cancelling."""
 
+from dataclasses import replace
+
 import comfy.model_management
 import comfy.samplers
 import comfy.utils
 import pytest
 import tiny
 import torch
+from medsteer_pack.medsteer_core import sample_watch
 from medsteer_pack.medsteer_core.capture import ActivationSums
 from medsteer_pack.medsteer_core.errors import MedSteerError
-from medsteer_pack.medsteer_core.host import extraction, sampling
+from medsteer_pack.medsteer_core.estimators import mean_difference
+from medsteer_pack.medsteer_core.host import extraction, patch, sampling, steer
 from medsteer_pack.medsteer_core.host.fingerprint import fingerprint
+from medsteer_pack.medsteer_core.sample_estimators import ESTIMATORS
+from medsteer_pack.medsteer_core.summary import describe
 from medsteer_pack.nodes.prompts import prompt_text
 
 PRESENT, ABSENT, NEGATIVE = tiny.cond(1), tiny.cond(2), tiny.cond(3, tokens=2)
@@ -208,6 +214,164 @@ def test_an_unknown_noise_is_refused(pixart):
 def test_sigmas_without_a_step_are_refused(pixart, sigmas):
     with pytest.raises(MedSteerError, match=f"sigmas has {len(sigmas)} value"):
         sampling.schedule(pixart, 4, "euler", "normal", sigmas=sigmas)
+
+
+# Estimators and how well they separate unseen samples
+
+
+@pytest.mark.parametrize("noise", ["paired", "unpaired"])
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+def test_mean_difference_is_bit_for_bit_that_of_running_means_alone(pixart, monkeypatch, noise, sampler):
+    monkeypatch.setattr(sampling, "batch_that_fits", lambda *_: 2)
+    wanted, statistics = request(pixart, samples=5, noise=noise, sampler=sampler), []
+    for prompt, first in ((PRESENT, 0), (ABSENT, 0 if noise == "paired" else 5)):
+        sums = ActivationSums()
+        watched = patch.observed(pixart, sums)
+        for images, start, seed in extraction._batches(pixart, wanted, range(first, first + 5)):
+            sampling.sample(watched, prompt, NEGATIVE, start, wanted.schedule, wanted.cfg, seed)
+            assert len(images) <= 2
+        statistics.append(sums.statistics())
+    alone, vector = mean_difference(*statistics, {}), extraction.extract(pixart, wanted)
+    assert vector.provenance["estimator"] == "mean_difference"
+    for name, site in alone.sites.items():
+        for key, tensor in site.tensors().items():
+            assert torch.equal(tensor, vector.sites[name].tensors()[key]), key
+
+
+@pytest.mark.parametrize("estimator", extraction.ESTIMATOR_NAMES)
+def test_each_estimators_vector_separates_the_prompts_and_steers(pixart, estimator):
+    vector = extract(pixart, estimator=estimator, samples=6, seed=9)
+    paper, facts = extract(pixart, samples=6, seed=9), vector.provenance
+    assert facts["estimator"] == estimator.replace(" ", "_") and vector.rank == 1
+    assert facts["separability"]["samples"] == 6 and list(vector.sites) == SITES
+    for name in SITES:
+        assert all(value > 0.9 for value in facts["separability"]["auroc"][name])
+        assert (vector.sites[name].projections[:, 0] > vector.sites[name].projections[:, 1]).all()
+        assert (vector.sites[name].directions * paper.sites[name].directions).sum(-1).min() > 0.2  # to present
+    plain = tiny.run(pixart, PRESENT, NEGATIVE)
+    one = tiny.steered(pixart, vector, operator="suppress", strength=2.0)
+    assert not torch.allclose(tiny.run(one, PRESENT, NEGATIVE), plain, atol=1e-3)
+    assert torch.equal(
+        tiny.run(tiny.steered(pixart, vector, operator="suppress", strength=0.0), PRESENT, NEGATIVE), plain
+    )
+
+
+def test_the_combo_has_the_estimators_and_the_papers_is_the_default(pixart):
+    assert [name.replace(" ", "_") for name in extraction.ESTIMATOR_NAMES] == list(ESTIMATORS)
+    assert request(pixart).estimator == "mean difference" == extraction.ESTIMATOR_NAMES[0]
+
+
+def test_paired_difference_points_along_the_mean_difference(pixart):
+    plain, paired = (extract(pixart, samples=4, estimator=name) for name in ("mean difference", "paired difference"))
+    for name in SITES:
+        torch.testing.assert_close(paired.sites[name].directions, plain.sites[name].directions, rtol=0, atol=1e-4)
+    assert set(paired.provenance["pair_spread"]) == set(SITES)
+
+
+def test_leace_with_affine_makes_the_two_prompts_means_meet(pixart):
+    """Tried where it was fitted, on the states of unsteered runs: the first step of the samples themselves."""
+    vector = extract(pixart, estimator="leace", samples=8)
+    wanted, start = request(pixart, samples=8), float(vector.sigmas[0])
+    noise = sampling.noise_for(wanted.latent["samples"], wanted.seed, range(8))
+    erase = tiny.steered(pixart, vector, operator="affine", strength=1.0, rows="positive", sites="0")
+    means = {}
+    for model in (pixart, erase):
+        for prompt in (PRESENT, ABSENT):
+            with tiny.spying(model, positive=prompt, negative=NEGATIVE) as rows:
+                sampling.sample(model, prompt, NEGATIVE, noise, wanted.schedule, wanted.cfg, wanted.seed)
+            # The first site: those behind it see what it changed.
+            first = [row.out for row in rows if (row.name, row.site, row.sigma) == ("positive", SITES[0], start)]
+            means[model is erase, prompt is PRESENT] = torch.stack(first).mean((0, 1))
+    before, after = ((means[steered, True] - means[steered, False]).norm() for steered in (False, True))
+    assert before > 0.1 and after < 1e-3 * before
+
+
+def test_no_difference_to_speak_of_is_chance_and_a_real_one_is_not(pixart):
+    """Prompts that differ by a thousandth, of different noise: what differs between the samples is the noise."""
+    near = [[PRESENT[0][0] + 1e-3 * torch.randn(PRESENT[0][0].shape, generator=torch.Generator().manual_seed(1)), {}]]
+    found = {}
+    for name, absent in (("same", near), ("other", ABSENT)):
+        wanted = tiny.request(pixart, PRESENT, absent, NEGATIVE, samples=24, noise="unpaired", steps=2)
+        report = extraction.extract(pixart, wanted).provenance["separability"]
+        found[name] = [torch.tensor(list(report[measure].values())) for measure in ("auroc", "stability")]
+    assert abs(float(found["same"][0].mean()) - 0.5) < 0.15 and found["other"][0].min() > 0.99
+    assert found["same"][1].mean() < 0.8 and found["other"][1].min() > 0.95
+
+
+def test_a_prompt_of_several_areas_is_reported_too(pixart):
+    areas = [[PRESENT[0][0], {"area": (8, 4, 0, x), "strength": 1.0}] for x in (0, 4)]
+    vector = extraction.extract(pixart, tiny.request(pixart, areas, ABSENT, NEGATIVE, samples=4))
+    assert list(vector.provenance["separability"]["auroc"]) == SITES
+
+
+def test_the_summary_reports_separability_and_stability(pixart):
+    text = describe(extract(pixart, samples=4))
+    assert "separability at unseen samples: AUROC 1.000 on average" in text and "stability: |cos| " in text
+
+
+def test_fewer_than_four_samples_are_said_to_be_too_few_and_change_nothing(pixart):
+    vector = extract(pixart, samples=3)
+    assert "separability" not in vector.provenance
+    assert "no separability report: 3 samples a prompt, and 4 or more are needed" in describe(vector)
+
+
+def test_samples_that_do_not_fit_leave_the_running_means_and_the_summary_says_so(pixart, monkeypatch):
+    whole = extract(pixart, samples=4)
+    monkeypatch.setattr(
+        sample_watch.SampleWatch.__init__, "__defaults__", (False, True, 4 * 4 * 3 * tiny.WIDTH * 4 - 1)
+    )
+    vector = extract(pixart, samples=4)
+    for name in SITES:
+        assert torch.equal(vector.sites[name].directions, whole.sites[name].directions)
+    assert "no separability report: The activations of 4 samples take 0.0 GB" in describe(vector)
+    with pytest.raises(MedSteerError, match="Set fewer samples or steps, or the estimator mean difference"):
+        extract(pixart, samples=4, estimator="lda")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"estimator": "pca"}, "estimator is 'pca'; one of mean difference, paired difference, principal component"),
+        ({"estimator": "paired difference", "noise": "unpaired"}, "compares pairs .* Set noise to 'paired'"),
+        ({"estimator": "principal component", "noise": "unpaired"}, "compares pairs .* Set noise to 'paired'"),
+        ({"estimator": "lda", "noise": "same state"}, "'lda' does not go with noise 'same state'"),
+        ({"estimator": "leace", "samples": 1}, "samples is 1; 2 or more were expected"),
+    ],
+)
+def test_an_estimator_that_can_not_be_fed_is_refused_before_anything_is_sampled(pixart, changes, message):
+    with tiny.spying(pixart, positive=PRESENT, negative=NEGATIVE) as rows:
+        with pytest.raises(MedSteerError, match=message):
+            extract(pixart, **changes)
+    assert rows == []
+
+
+# Sites chosen by the report
+
+
+def with_auroc(vector, *means):
+    report = {"auroc": dict(zip(SITES, ([mean] * vector.steps for mean in means), strict=True))}
+    return replace(vector, provenance={**vector.provenance, "separability": report})
+
+
+def test_auto_steers_the_sites_that_separate_and_the_note_says_how_many(pixart):
+    vector = with_auroc(extract(pixart), 0.95, 0.5, 0.9)
+    model, note = steer.steer(pixart, vector, "ablate", {}, 0.0, 1.0, "auto", "all")
+    assert "ablate at 2 of 3 sites, rows all; auto took those with an AUROC of 0.9 or more at unseen samples" in note
+    with tiny.spying(model, positive=PRESENT, negative=NEGATIVE) as rows:
+        tiny.run(model, PRESENT, NEGATIVE)
+    assert {row.site for row in rows if row.changed} == {SITES[0], SITES[2]}
+
+
+def test_auto_is_what_the_extraction_found(pixart):
+    vector = extract(pixart, samples=4)
+    (steering,) = patch.plan_of(tiny.steered(pixart, vector, sites="auto")).steerings
+    assert steering.sites == tuple(SITES)
+
+
+def test_auto_wants_a_vector_with_the_report(pixart):
+    for vector in (extract(pixart, samples=3), tiny.vector(pixart)):
+        with pytest.raises(MedSteerError, match="sites is 'auto', but .* Extract it anew with at least 4 samples"):
+            tiny.steered(pixart, vector, sites="auto")
 
 
 # Progress and cancelling
