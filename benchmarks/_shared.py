@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medsteer_core.demo import ROOT, write_whole
+from medsteer_core.demo import ROOT
 from medsteer_core.errors import MedSteerError, needs
 from medsteer_core.evaluate import embedded_judges
 from medsteer_core.report import png
 from medsteer_core.server import ServerError
+from medsteer_core.whole_file import write_whole
 from medsteer_core.workflow import WorkflowError
 
 TIME_LIMIT = 3600.0
@@ -67,10 +68,13 @@ def common_options(name: str, description: str) -> argparse.ArgumentParser:
 def finish(
     name: str,
     chosen: argparse.Namespace,
-    run: Callable[[argparse.Namespace], tuple[dict[str, Any], Tensor]],
+    run: Callable[[argparse.Namespace], tuple[dict[str, Any], Tensor | None]],
     table: Callable[[Mapping[str, Any]], str],
 ) -> dict[str, Any] | int:
-    """Run a benchmark, write NAME.json and NAME.png, print its table: the record, or an exit status on failure."""
+    """Run a benchmark, write NAME.json and, where it has a picture, NAME.png, print its table.
+
+    Returns the record, or an exit status on failure.
+    """
     try:
         record, sheet = run(chosen)
     except (ServerError, WorkflowError, MedSteerError, OSError) as error:
@@ -80,7 +84,10 @@ def finish(
         return 130
     chosen.output.mkdir(parents=True, exist_ok=True)
     write_whole(chosen.output / f"{name}.json", json.dumps(record, indent=1, ensure_ascii=False).encode())
-    write_whole(chosen.output / f"{name}.png", png(sheet))
+    written = [chosen.output / f"{name}.json"]
+    if sheet is not None:
+        written.append(chosen.output / f"{name}.png")
+        write_whole(written[-1], png(sheet))
     print(table(record))
-    print("\n".join(f"  {chosen.output / file}" for file in (f"{name}.json", f"{name}.png")))
+    print("\n".join(f"  {path}" for path in written))
     return record

@@ -25,11 +25,12 @@ from benchmarks._lab import Lab
 from benchmarks._methods import Chunk, Method, with_random_direction, within_class
 from benchmarks._presets import Pair
 from medsteer_core import vector_file
-from medsteer_core.demo import ROOT, write_whole
+from medsteer_core.demo import ROOT
 from medsteer_core.endophantom.bundle import Bundle
 from medsteer_core.evaluate import PairScore, score_pairs
 from medsteer_core.pathology_vector import PathologyVector, canonical_json
 from medsteer_core.report import png
+from medsteer_core.whole_file import write_whole
 
 FACTUAL = "factual"
 # Code that decides what images are made, what steering makes of them, and how they are scored.

@@ -26,11 +26,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks._lab import comfyui_version, start_comfyui
-from benchmarks._shared import aligned, common_options
-from medsteer_core.demo import write_whole
+from benchmarks._shared import aligned, common_options, finish
 from medsteer_core.errors import MedSteerError
 from medsteer_core.pixart_state import DIFFUSERS, Sizes, layout
-from medsteer_core.server import ServerError
 
 FULL = Sizes(
     DIFFUSERS, width=1152, depth=28, in_channels=4, out_channels=8, caption_channels=4096, patch_size=2,
@@ -66,32 +64,24 @@ def main(words: list[str]) -> int:
     chosen = options.parse_args(words)
     if chosen.blocks < 1 or chosen.side < 1:
         options.error("--blocks and --side want 1 or more")
-    try:
-        record = run(chosen)
-    except (ServerError, MedSteerError, OSError) as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    chosen.output.mkdir(parents=True, exist_ok=True)
-    write_whole(chosen.output / "fullsize.json", json.dumps(record, indent=1, ensure_ascii=False).encode())
-    print(table(record))
-    print(f"  {chosen.output / 'fullsize.json'}")
+    record = finish("fullsize", chosen, run, table)
+    if isinstance(record, int):
+        return record
     if record["peak_gb"] > LIMIT_GB:
         print(f"error: {record['peak_gb']:.1f} GB were needed; {LIMIT_GB:g} GB are the limit.", file=sys.stderr)
         return 1
     return 0
 
 
-def run(chosen: argparse.Namespace) -> dict[str, Any]:
-    """Write the model, load it, extract, sample without and with steering: the record for fullsize.json."""
+def run(chosen: argparse.Namespace) -> tuple[dict[str, Any], None]:
+    """Write the model, load it, extract, sample without and with steering: the record for fullsize.json, no picture."""
     start_comfyui(chosen.cpu)
     stages, sizes = Stages(), Sizes(**{**vars(FULL), "depth": chosen.blocks})
     with tempfile.TemporaryDirectory(prefix="medsteer-", ignore_cleanup_errors=True) as folder:
         with stages.stage("write the model"):
             files = write_model(Path(folder) / "fullsize", sizes)
         found, device = _measure(stages, folder, chosen.side)
-    return {
+    record = {
         "benchmark": "fullsize",
         "model": {**vars(sizes), "heads": HEADS, "shards": len(files), "bytes": sum(files.values())},
         "found": found,
@@ -103,6 +93,7 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__, "comfyui": comfyui_version()},
     }
+    return record, None
 
 
 def _measure(stages: Stages, folder: str, side: int) -> tuple[str, str]:

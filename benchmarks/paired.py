@@ -10,7 +10,6 @@ network was given; times are of sampling only. The share of the rows says what t
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -21,10 +20,8 @@ import torch
 
 from benchmarks._lab import CFG, STEPS, Lab, comfyui_version, start_comfyui
 from benchmarks._record import machine
-from benchmarks._shared import aligned, common_options
-from medsteer_core.demo import versions, write_whole
-from medsteer_core.errors import MedSteerError
-from medsteer_core.server import ServerError
+from benchmarks._shared import aligned, common_options, finish
+from medsteer_core.demo import versions
 
 STARTS = (0, 5, 10, 15)  # the first of the 20 steps that is steered
 SAMPLES = 4
@@ -38,31 +35,23 @@ def main(words: list[str]) -> int:
     chosen = options.parse_args(words)
     if chosen.batch < 1 or chosen.repeats < 1:
         options.error("--batch and --repeats want 1 or more")
-    try:
-        record = run(chosen)
-    except (ServerError, MedSteerError, OSError) as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        return 1
-    chosen.output.mkdir(parents=True, exist_ok=True)
-    path = chosen.output / "paired.json"
-    write_whole(path, json.dumps(record, indent=1).encode())
-    print(table(record))
-    print(f"  {path}")
-    return 0
+    record = finish("paired", chosen, run, table)
+    return record if isinstance(record, int) else 0
 
 
-def run(chosen: argparse.Namespace) -> dict[str, Any]:
-    """Measure every window: the record for paired.json."""
+def run(chosen: argparse.Namespace) -> tuple[dict[str, Any], None]:
+    """Measure every window: the record for paired.json, and no picture."""
     print("starting ComfyUI in this process ...", flush=True)
     start_comfyui(chosen.cpu)
     lab = Lab()
     vector = lab.extract("polyps", "normal cecum", SAMPLES, noise="same state")
     rows = [one_window(lab, vector, start, chosen.batch, chosen.repeats) for start in STARTS]
-    return {
+    record = {
         "benchmark": "paired", "windows": rows, "batch": chosen.batch, "repeats": chosen.repeats, "most": MOST,
         "steps": STEPS, "machine": machine(lab.model.load_device),
         "versions": versions({"comfyui_version": comfyui_version(), "pytorch_version": torch.__version__}),
     }  # fmt: skip
+    return record, None
 
 
 def one_window(lab: Lab, vector: Any, start: int, batch: int, repeats: int) -> dict[str, Any]:

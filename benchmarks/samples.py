@@ -35,10 +35,11 @@ from benchmarks._shared import aligned, check_scoring, common_options, finish, w
 from benchmarks._stability import MEANING, NOISES, PAIRED, PRESET_OF, REPEATS, SAME_STATE, recommended, said
 from benchmarks._store import SCORING, STEERING, Store, code_digest, digest, score_of
 from medsteer_core import vector_file
-from medsteer_core.demo import versions, write_whole
+from medsteer_core.demo import versions
 from medsteer_core.endophantom.bundle import Bundle
 from medsteer_core.evaluate import PairScore, score_pairs
 from medsteer_core.pathology_vector import PathologyVector
+from medsteer_core.whole_file import write_whole
 
 COUNTS = (1, 2, 4, 8, 16, 32)
 MOST_SAMPLES = 999

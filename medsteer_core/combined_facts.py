@@ -49,11 +49,6 @@ def describe_combined(vector: PathologyVector) -> str:
     return "\n".join(lines)
 
 
-def unknown_of(vector: PathologyVector) -> set[str]:
-    """The fields of its sites that hold nothing known, only zeros."""
-    return set(vector.provenance.get("unknown", ()))
-
-
 def combined_facts(
     vectors: Sequence[PathologyVector], how: str, expression: str, unknown: set[str], **more: Any
 ) -> dict[str, Any]:

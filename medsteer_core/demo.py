@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import platform
 import re
 import sys
@@ -21,6 +20,7 @@ from typing import Any
 from .client import ComfyClient, Result
 from .errors import MedSteerError
 from .server import ComfyServer, ServerError, comfyui_from_environment
+from .whole_file import write_whole
 from .workflow import Progress, Workflow, WorkflowError, node_title
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -189,13 +189,6 @@ def versions(stats: Mapping[str, Any]) -> dict[str, str]:
 def rounded(value: Any) -> Any:
     """Seconds to the millisecond, through nested dicts."""
     return {name: rounded(part) for name, part in value.items()} if isinstance(value, dict) else round(value, 3)
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that nobody ever sees half of it."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    os.replace(part, path)
 
 
 def table(report: Mapping[str, Any]) -> str:

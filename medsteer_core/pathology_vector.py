@@ -107,6 +107,11 @@ class PathologyVector:
         return next(iter(self.sites.values())).gaps.shape[-1]
 
     @property
+    def unknown(self) -> frozenset[str]:
+        """The fields of its sites that hold nothing known, only zeros: an imported or combined vector lacks some."""
+        return frozenset(self.provenance.get("unknown", ()))
+
+    @property
     def has_readers(self) -> bool:
         """Whether the operator affine can use it: all sites have readers and offsets, or none has."""
         return next(iter(self.sites.values())).readers is not None

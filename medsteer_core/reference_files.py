@@ -10,7 +10,6 @@ import io
 import math
 import os
 import re
-import uuid
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import vector_file
 from .errors import MedSteerError
 from .restricted_pickle import PickledArray, loads
 
@@ -143,16 +143,7 @@ def write_npz(field: ReferenceField, path: str | os.PathLike[str]) -> Path:
         negative_prompts=np.array(field.negative_prompts, np.str_),
         seeds=np.array(field.seeds, np.uint64 if any(seed > 2**63 - 1 for seed in field.seeds) else np.int64),
     )
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            part.write_bytes(stream.getvalue())
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise MedSteerError(f"The pathology vector can't be written to '{path}': {error}. Check the folder.") from error
+    vector_file.write(path, stream.getvalue())
     return path
 
 

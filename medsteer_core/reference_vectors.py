@@ -8,7 +8,6 @@ from torch import Tensor
 
 from .errors import MedSteerError
 from .estimators import nearest
-from .operators import Operator, needs_statistics
 from .pathology_vector import UNIT_TOLERANCE, PathologyVector, SiteDirections
 from .reference_files import NPZ_FORMAT, ReferenceField
 
@@ -97,14 +96,6 @@ def from_vector(vector: PathologyVector, name: str = "") -> ReferenceField:
         NPZ_FORMAT, False, name, "", _texts(prompts, "present"), _texts(prompts, "absent"),
         tuple(seed for seed in seeds if isinstance(seed, int) and 0 <= seed < 2**64),
     )  # fmt: skip
-
-
-def check_statistics(vector: PathologyVector, operator: Operator) -> None:
-    """Raise MedSteerError for an operator that needs class statistics and a vector that does not know them."""
-    unknown = vector.provenance.get("unknown", ())
-    wanted = {"gaps": operator.needs_gaps, "projections": operator.needs_class_means}
-    if not operator.is_identity and any(needed and entry in unknown for entry, needed in wanted.items()):
-        raise needs_statistics(operator.name)
 
 
 def is_imported(vector: PathologyVector) -> bool:

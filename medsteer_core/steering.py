@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .errors import MedSteerError
-from .operators import Operator, Step, needs_same_state, needs_second_vector
+from .operators import Operator, Step, needs_same_state, needs_second_vector, needs_statistics
 from .pathology_vector import PathologyVector, StepDirection
 from .schedule import SigmaWindow, StrengthCurve
 from .token_map import token_weights
@@ -47,6 +47,7 @@ class Steering:
             self.vector.channels(site)  # raises for a site that the vector lacks
         if self.operator.needs_readers and not self.vector.has_readers:
             raise needs_same_state(self.operator.name)
+        check_statistics(self.vector, self.operator)
         if self.operator.needs_target and self.target is None:
             raise needs_second_vector(self.operator.name)
         if self.target is not None:
@@ -109,6 +110,13 @@ class SteeringPlan:
         touched = {site for steering in active for site in steering.sites}
         order = dict.fromkeys(site for steering in active for site in steering.vector.site_names)
         return tuple(site for site in order if site in touched)
+
+
+def check_statistics(vector: PathologyVector, operator: Operator) -> None:
+    """Raise MedSteerError for an operator that needs class statistics and a vector that does not know them."""
+    wanted = {"gaps": operator.needs_gaps, "projections": operator.needs_class_means}
+    if not operator.is_identity and any(needed and entry in vector.unknown for entry, needed in wanted.items()):
+        raise needs_statistics(operator.name)
 
 
 def _scaled(steering: Steering, multiple: float) -> Steering:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from .combined_facts import describe_combined, is_combined
 from .pathology_vector import PathologyVector
+from .reference_vectors import describe_imported, is_imported
 from .sample_estimators import ESTIMATORS
 from .sample_report import describe_separability
 
 
 def describe(vector: PathologyVector) -> str:
+    """A vector in the words of how it came about: extracted, imported or combined, also after it was saved."""
+    if is_imported(vector):
+        return describe_imported(vector)
+    return describe_combined(vector) if is_combined(vector) else _describe_extracted(vector)
+
+
+def _describe_extracted(vector: PathologyVector) -> str:
     """Prompts, samples, schedule and sites of a vector, where its class gap is largest, how it fares at new samples."""
     facts = vector.provenance
     texts = {k: v.get("text") for k, v in facts.get("prompts", {}).items() if isinstance(v, dict)}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .combined_facts import CLASS_FIELDS, combined_facts, label, unknown_of
+from .combined_facts import CLASS_FIELDS, combined_facts, label
 from .errors import MedSteerError
 from .estimators import nearest
 from .pathology_vector import PathologyVector, SiteDirections
@@ -75,7 +75,7 @@ def scale(vector: PathologyVector, weight: float) -> PathologyVector:
     if weight == 0 or (weight < 0 and vector.has_readers):
         expected = "above 0, since this vector has readers," if vector.has_readers else "other than 0"
         raise MedSteerError(f"The weight of a vector is {weight:g}; a number {expected} was expected.")
-    unknown = unknown_of(vector) if abs(weight) == 1 else {*unknown_of(vector), *CLASS_FIELDS}
+    unknown = vector.unknown if abs(weight) == 1 else {*vector.unknown, *CLASS_FIELDS}
     facts = combined_facts([vector], "scale", f"{weight:g} * {label(vector)}", unknown, weights=[weight])
     if weight > 0 and "prompts" in vector.provenance:
         facts["prompts"] = vector.provenance["prompts"]
@@ -92,9 +92,9 @@ def orthogonalise(a: PathologyVector, b: PathologyVector) -> PathologyVector:
     """
     _check_plain(a, "a", ORTHOGONALISE)
     check_match(a, b)
-    others, known = on_schedule(b, a.sigmas), "gaps" not in unknown_of(a)
+    others, known = on_schedule(b, a.sigmas), "gaps" not in a.unknown
     kept = _has_class_means(a)
-    unknown = unknown_of(a) if kept else {*unknown_of(a), *CLASS_FIELDS}
+    unknown = a.unknown if kept else {*a.unknown, *CLASS_FIELDS}
 
     def site(name: str) -> tuple[Tensor, Tensor]:
         whole = displacement(a.sites[name], known)
@@ -124,7 +124,7 @@ def joint_subspace(vectors: Sequence[PathologyVector]) -> PathologyVector:
     parts = [on_schedule(vector, first.sigmas) for vector in vectors]
     kept = all(_has_class_means(vector) for vector in vectors)
     unknown = {*CLASS_FIELDS} - ({"projections"} if kept else set())
-    unknown |= {"gaps"} if any("gaps" in unknown_of(vector) for vector in vectors) else set()
+    unknown |= {"gaps"} if any("gaps" in vector.unknown for vector in vectors) else set()
     sites = {name: joined(name, [part[name] for part in parts], first.sigmas) for name in first.site_names}
     facts = combined_facts(vectors, JOIN, " with ".join(label(vector) for vector in vectors), unknown)
     return PathologyVector(without(sites, unknown), first.sigmas, facts, first.flow)
@@ -138,7 +138,7 @@ def _sum(
     _check_plain(b, "b", how)
     check_match(a, b)
     others = on_schedule(b, a.sigmas)
-    known = not any("gaps" in unknown_of(vector) for vector in (a, b))
+    known = not any("gaps" in vector.unknown for vector in (a, b))
     kept = how == AVERAGE and _has_class_means(a) and _has_class_means(b)
     parts, means, spreads = {}, {}, {}
     for name, site in a.sites.items():
@@ -201,7 +201,7 @@ def _has_class_means(vector: PathologyVector) -> bool:
     facts = vector.provenance
     averaged = facts.get("combined", {}).get("class_means", False)
     plain = facts.get("estimator") in ("mean_difference", "paired_difference")
-    return vector.rank == 1 and (plain or averaged) and not unknown_of(vector)
+    return vector.rank == 1 and (plain or averaged) and not vector.unknown
 
 
 def _check_plain(vector: PathologyVector, name: str, how: str) -> None:

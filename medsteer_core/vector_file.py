@@ -10,7 +10,6 @@ every MedSteer reads; a MedSteer that knows only version 1 refuses version 2 and
 
 import json
 import os
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from .errors import MedSteerError
 from .pathology_vector import READER_FIELDS, SITE_FIELDS, PathologyVector, SiteDirections, canonical_json
+from .whole_file import write_whole
 
 FORMAT = "medsteer.pathology_vector"
 FIELDS = {"1": SITE_FIELDS, "2": (*SITE_FIELDS, *READER_FIELDS)}  # by the file's version
@@ -43,22 +43,17 @@ def save(vector: PathologyVector, path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     if path.suffix != SUFFIX:
         raise MedSteerError(f"A pathology vector's file name ends in {SUFFIX}; got '{path.name}'.")
-    data = to_bytes(_tensors(vector), metadata=_metadata(vector))
-    # Opened by name and not by `tempfile`, whose files only their owner can read.
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    write(path, to_bytes(_tensors(vector), metadata=_metadata(vector)))
+    return path
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write the bytes of a vector's file, whole or not at all; its folder is made. Raises MedSteerError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(part, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        write_whole(path, data)
     except OSError as error:
         raise MedSteerError(f"The pathology vector can't be written to '{path}': {error}. Check the folder.") from error
-    return path
 
 
 def load(path: str | os.PathLike[str]) -> PathologyVector:

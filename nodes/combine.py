@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..medsteer_core.combined_facts import describe_combined
 from ..medsteer_core.host.notes import note
+from ..medsteer_core.summary import describe
 from ..medsteer_core.vector_algebra import HOW, WEIGHTED, combine
 from .types import CATEGORY, Vector
 
@@ -49,7 +49,7 @@ class CombineVectors(io.ComfyNode):
     @classmethod
     def execute(cls, a, b, how: str, weight_a: float, weight_b: float) -> io.NodeOutput:
         vector = combine(a, b, how, weight_a, weight_b)
-        report = describe_combined(vector)
+        report = describe(vector)
         if how not in WEIGHTED and (weight_a, weight_b) != (1.0, 1.0):
             report += f"\nThe weights do not count for '{how}'."
         return io.NodeOutput(vector, report, ui=note(report, cls.hidden.unique_id))

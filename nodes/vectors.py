@@ -6,7 +6,6 @@ from comfy_api.latest import io
 
 from ..medsteer_core.host import reference_import, vector_folder
 from ..medsteer_core.host.notes import note
-from ..medsteer_core.reference_vectors import describe_imported, is_imported
 from ..medsteer_core.summary import describe
 from .types import CATEGORY, Vector
 
@@ -72,8 +71,7 @@ class LoadPathologyVector(io.ComfyNode):
     @classmethod
     def execute(cls, vector_name: str) -> io.NodeOutput:
         vector = vector_folder.load(vector_name)
-        summary = describe_imported(vector) if is_imported(vector) else describe(vector)
-        return io.NodeOutput(vector, ui=note(summary, cls.hidden.unique_id))
+        return io.NodeOutput(vector, ui=note(describe(vector), cls.hidden.unique_id))
 
 
 class ImportPathologyVector(io.ComfyNode):
@@ -133,7 +131,7 @@ class ImportPathologyVector(io.ComfyNode):
     @classmethod
     def execute(cls, file_name: str, model, schedule: str, steps: int, sigmas=None) -> io.NodeOutput:
         vector = reference_import.import_vector(model, file_name, schedule, steps, sigmas)
-        summary = describe_imported(vector)
+        summary = describe(vector)
         return io.NodeOutput(vector, summary, ui=note(summary, cls.hidden.unique_id))
 
 

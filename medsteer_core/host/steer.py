@@ -13,7 +13,6 @@ from ..errors import MedSteerError
 from ..operators import make_operator
 from ..pathology_vector import PathologyVector
 from ..presets import CUSTOM, find_preset, scaled_sites
-from ..reference_vectors import check_statistics
 from ..sample_report import AUROC, recorded
 from ..schedule import CONSTANT
 from ..selection import has_auto, select_sites
@@ -54,7 +53,6 @@ def steer(
         chosen = _sites_of(preset, published.sites, model, vector)
         note = f"{preset} in place of operator, sites and rows: {published.describe()}\n"
     acting = make_operator(operator, **parameters)
-    check_statistics(vector, acting)
     steering = Steering(
         vector,
         acting,

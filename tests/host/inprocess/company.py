@@ -60,7 +60,7 @@ class Scene:
     """A model with its company, not steered, and what it is sampled with.
 
     ``texts`` are the conditionings by name; a guider's lists may hold several entries, each with a text of its own.
-    ``pairs`` says whether Counterfactual Sampler takes it; ``seen`` which conditionings the model is given at all.
+    ``seen`` says which conditionings the model is given at all.
     """
 
     small: families.Small
@@ -68,7 +68,6 @@ class Scene:
     texts: dict[str, list]
     cfg: float = 3.0
     steps: int = 2
-    pairs: bool = True
     seen: tuple[str, ...] = ("positive", "negative")
     guide: Callable[[ModelPatcher, Scene], comfy.samplers.CFGGuider] = field(default=lambda m, s: _cfg_guider(m, s))
 
@@ -226,7 +225,7 @@ def timesteps(double: bool) -> Scene:
 
 
 def dual_cfg(double: bool) -> Scene:
-    scene = start("kandinsky5", double, pairs=False, guide=_dual_guider, seen=("positive", "middle", "negative"))
+    scene = start("kandinsky5", double, guide=_dual_guider, seen=("positive", "middle", "negative"))
     return replace(scene, texts={**scene.texts, "middle": scene.small.cond(3)})
 
 
@@ -257,12 +256,12 @@ def add_lazycache(model: ModelPatcher) -> ModelPatcher:
 
 
 def easycache(double: bool) -> Scene:
-    scene = start("wan_t2v", double, steps=6, pairs=False)
+    scene = start("wan_t2v", double, steps=6)
     return replace(scene, model=add_easycache(scene.model))
 
 
 def lazycache(double: bool) -> Scene:
-    scene = start(PIXART, double, steps=6, pairs=False)
+    scene = start(PIXART, double, steps=6)
     return replace(scene, model=add_lazycache(scene.model))
 
 
@@ -324,3 +323,4 @@ ALL: dict[str, Callable[[bool], Scene]] = {
     "SAG": self_attention, "EasyCache": easycache, "LazyCache": lazycache, "shift": shift, "zero SNR": zero_snr,
     "torch.compile": compiled, "fp8": fp8, "low VRAM": low_vram, "hooks": hooks,
 }  # fmt: skip
+UNPAIRED = ("DualCFG", "EasyCache", "LazyCache")  # Counterfactual Sampler refuses it, or has a guider of its own
