@@ -11,6 +11,7 @@ import comfy.sd
 import comfy.supported_models_base
 import comfy.text_encoders.pixart_t5
 import comfy.utils
+import families
 import folder_paths
 import pytest
 import tiny
@@ -368,7 +369,9 @@ def test_a_unet_takes_a_peft_lora_too(folder):
          "use_temporal_attention": False}
     )  # fmt: skip
     config.set_inference_dtype(torch.float32, None)
-    model = comfy.model_patcher.CoreModelPatcher(config.get_model({}), torch.device("cpu"), torch.device("cpu"))
+    network = config.get_model({})
+    families.fill(network)
+    model = comfy.model_patcher.CoreModelPatcher(network, torch.device("cpu"), torch.device("cpu"))
     name = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_out.0"
     up, down = torch.randn(32, 2), torch.randn(2, 32)
     (folder / "unet").mkdir()
