@@ -92,12 +92,12 @@ def leading_directions(rows: Tensor, rank: int) -> Tensor:
 
 
 def held_out(pair: TokenPairs, rank: int) -> float | None:
-    """The share of |D|^2 at every fourth image that a fit on the other images predicts; None with one image.
+    """The share of |D|^2 at every fifth image that a fit on the other images predicts; None with one image.
 
-    Every fourth and not the last ones, since those all follow one prompt.
+    Every fifth: even images follow one prompt and odd ones the other, and both kinds are to be tried.
     """
     images = pair.samples.unique()
-    kept_back = images[3::4] if len(images) > 3 else images[-1:]
+    kept_back = images[4::5] if len(images) > 4 else images[-1:]
     unseen = torch.isin(pair.samples, kept_back)
     if len(images) < 2 or int((~unseen).sum()) < rank:
         return None

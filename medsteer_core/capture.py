@@ -66,6 +66,40 @@ class ActivationSums:
         key = level_of(at_site, float(sigma))
         at_site[key] = _merge(site, at_site[key], batch) if key in at_site else batch
 
+    def mark(self) -> dict[str, dict[float, _Running]]:
+        """Where the sums stand, for `back_to`. It shares their tensors, which are replaced and never changed."""
+        return {site: dict(levels) for site, levels in self._running.items()}
+
+    def back_to(self, mark: Mapping[str, Mapping[float, _Running]]) -> None:
+        """Forget what was observed since `mark()`: a run that was stopped half-way is no sample."""
+        self._running = {site: dict(levels) for site, levels in mark.items()}
+
+    def to_state(self) -> dict[str, Tensor]:
+        """The sums as tensors by name, for a safetensors file; `from_state` reads them back, bit by bit."""
+        host = _to_host([running for levels in self._running.values() for running in levels.values()])
+        state = {}
+        for index, (site, levels) in enumerate(self._running.items()):
+            parts = [host[id(running)] for running in levels.values()]
+            # Numbered: a file keeps no order of its tensors, and the sites have one.
+            state |= {
+                f"{index:04d}/{site}/sigmas": torch.tensor(list(levels), dtype=torch.float64),
+                f"{index:04d}/{site}/mean": torch.stack([mean for mean, _ in parts]),
+                f"{index:04d}/{site}/scatter": torch.stack([scatter for _, scatter in parts]),
+                f"{index:04d}/{site}/count": torch.tensor([running.count for running in levels.values()]),
+            }
+        return state
+
+    @staticmethod
+    def from_state(state: Mapping[str, Tensor]) -> "ActivationSums":
+        """The sums that `to_state` gave, on the CPU; they go to the device of what is observed next."""
+        sums = ActivationSums()
+        for name in sorted(name for name in state if name.endswith("/sigmas")):
+            key = name.removesuffix("/sigmas")
+            rows = zip(state[f"{key}/mean"], state[f"{key}/scatter"], state[f"{key}/count"].tolist(), strict=True)
+            levels = zip(state[name].tolist(), rows, strict=True)
+            sums._running[key.split("/", 1)[1]] = {sigma: _Running(*row) for sigma, row in levels}
+        return sums
+
     def statistics(self) -> dict[str, SigmaStatistics]:
         """What was observed, by site in the order of first observation; one transfer for each device.
 
@@ -108,10 +142,11 @@ def _merge(site: str, old: _Running, new: _Running) -> _Running:
             "Observe one model at a time."
         )
     count = old.count + new.count
-    difference = new.mean.to(old.mean.device) - old.mean
+    mean = old.mean.to(new.mean.device)  # elsewhere only once, after the sums came from a file
+    difference = new.mean - mean
     between = difference.square().sum() * (old.count * new.count / count)
-    scatter = old.scatter + new.scatter.to(old.scatter.device) + between
-    return _Running(old.mean + difference * (new.count / count), scatter, count)
+    scatter = old.scatter.to(new.scatter.device) + new.scatter + between
+    return _Running(mean + difference * (new.count / count), scatter, count)
 
 
 def _to_host(everything: list[_Running]) -> dict[int, tuple[Tensor, Tensor]]:

@@ -1,6 +1,6 @@
 """Watching one prompt's runs: running means always, and each sample by itself as far as that fits into memory."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .capture import ActivationSums
 from .errors import MedSteerError
+from .sample_store import prefixed, under
 from .samples_record import MOST_BYTES, SampleRecord, SampleRecorder
 
 MOST_BYTES_A_PROMPT = MOST_BYTES // 2
@@ -42,7 +43,13 @@ class SampleWatch:
         if not self.left_out:
             self._recorder = SampleRecorder()
             self._recorder.begin(images)
-        yield
+        before = self.sums.mark()
+        try:
+            yield
+        except BaseException:  # cancelled, out of memory: what was watched of this run is no sample
+            self.sums.back_to(before)
+            self._recorder = None
+            raise
         if self._recorder is not None:
             self._try(self._keep)
         self._recorder = None
@@ -57,6 +64,25 @@ class SampleWatch:
         """All samples in the order of their runs; None where the record was given up."""
         self._try(self._join)
         return self._parts[0] if self._parts else None
+
+    def to_state(self) -> dict[str, Tensor]:
+        """What the whole runs so far gave, as tensors by name for a safetensors file."""
+        record = self.record()
+        recorded = {} if record is None else record.to_state()
+        return prefixed("sums", self.sums.to_state()) | prefixed("record", recorded)
+
+    def go_on(self, state: Mapping[str, Tensor]) -> bool:
+        """Start from the state of another watch of the same runs. False, and nothing taken, where it lacks the record
+        that this one needs."""
+        recorded = under("record", state)
+        if self._needed and not recorded:
+            return False
+        self.sums = ActivationSums.from_state(under("sums", state))
+        if not self.left_out and recorded:
+            self._parts = [SampleRecord.from_state(recorded)]
+        elif not self.left_out:
+            self.left_out = "an earlier extraction, which this one adds to, kept running means alone"
+        return True
 
     def _keep(self) -> None:
         part = self._recorder.record()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from .combined_facts import describe_combined, is_combined
 from .pathology_vector import PathologyVector
 from .reference_vectors import describe_imported, is_imported
@@ -38,6 +41,8 @@ def _describe_extracted(vector: PathologyVector) -> str:
     ]
     if facts.get("estimator") in ESTIMATORS and facts["estimator"] != "mean_difference":
         lines.append(f"estimator: {facts['estimator'].replace('_', ' ')}")
+    if contexts := _contexts(facts):
+        lines.append(f"{contexts} contexts of the prompts, in turns")
     lines += describe_separability(vector)
     if facts.get("explained") is not None:
         lines.append(
@@ -47,3 +52,9 @@ def _describe_extracted(vector: PathologyVector) -> str:
     if facts.get("degenerate"):
         lines.append(f"Warning: {facts['degenerate']} site-steps show no difference between the prompts.")
     return "\n".join(lines)
+
+
+def _contexts(facts: Mapping[str, Any]) -> int:
+    """How many contexts the prompts came in; 0 where there were none."""
+    prompts = facts.get("prompts", {}).values()
+    return max((len(p["contexts"]) for p in prompts if isinstance(p, dict) and "contexts" in p), default=0)

@@ -1,13 +1,15 @@
 """Token pairs: what two prompts give at the same state, token by token. Bounded memory, whatever the sample count."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from .capture import ActivationSums, SigmaStatistics, level_of
 from .errors import MedSteerError
+from .sample_store import prefixed, under
 
 SIDES = ("present", "absent")
 # Token pairs kept of each site and noise level, and what all of them together may take in memory.
@@ -53,6 +55,9 @@ class _Kept:
         return _Kept(self.pairs[:, order], self.samples[order], self.ranks[order])
 
 
+_KEPT = tuple(entry.name for entry in fields(_Kept))
+
+
 @dataclass(frozen=True, eq=False)
 class _Waiting:
     """The tokens of one visit that were chosen, and their activations of the side that came first."""
@@ -79,7 +84,7 @@ class _Side:
 class PairedActivations:
     """Class means and token pairs of both prompts at the same states, by site and sigma.
 
-    Call `begin` before each run with the numbers of the images in it, and show `side("present")` and `side("absent")`
+    Make each run inside `run`, with the numbers of the images in it, and show `side("present")` and `side("absent")`
     what each prompt gives. The n-th activation of one side at a site and sigma belongs to the n-th of the other,
     whichever comes first, so it does not matter how a run splits its model calls. Of all tokens those with the lowest
     ranks are kept, pseudo-random numbers that depend on the image, the visit and the token alone: every image has the
@@ -99,6 +104,45 @@ class PairedActivations:
         self._check_complete()
         self._visits.clear()
         self._images = list(images)
+
+    @contextmanager
+    def run(self, images: Sequence[int]) -> Iterator[None]:
+        """One run whose batch holds these images; one that is stopped half-way leaves nothing behind."""
+        before = {side: sums.mark() for side, sums in self._sums.items()}
+        kept = {site: dict(levels) for site, levels in self._kept.items()}
+        self.begin(images)
+        try:
+            yield
+        except BaseException:
+            for side, mark in before.items():
+                self._sums[side].back_to(mark)
+            self._kept = kept
+            self._waiting.clear()
+            raise
+        self._check_complete()
+
+    def to_state(self) -> dict[str, Tensor]:
+        """What the whole runs so far gave, as tensors by name for a safetensors file."""
+        state = {}
+        for side, sums in self._sums.items():
+            state |= prefixed(f"sums/{side}", sums.to_state())
+        for index, (site, levels) in enumerate(self._kept.items()):
+            key = f"kept/{index:04d}/{site}"
+            state[f"{key}/sigmas"] = torch.tensor(list(levels), dtype=torch.float64)
+            for place, kept in enumerate(levels.values()):
+                state |= {f"{key}/{place}/{name}": value.contiguous() for name, value in vars(kept).items()}
+        return state
+
+    def go_on(self, state: Mapping[str, Tensor]) -> bool:
+        """Start from what `to_state` gave, cut to this one's number of pairs. Always possible: True."""
+        self._sums = {side: ActivationSums.from_state(under(f"sums/{side}", state)) for side in SIDES}
+        kept = under("kept", state)
+        for name in sorted(name for name in kept if name.endswith("/sigmas")):
+            key = name.removesuffix("/sigmas")
+            parts = [[kept[f"{key}/{i}/{part}"] for part in _KEPT] for i in range(len(kept[name]))]
+            levels = zip(kept[name].tolist(), parts, strict=True)
+            self._kept[key.split("/", 1)[1]] = {sigma: _Kept(*part).lowest(self.most) for sigma, part in levels}
+        return True
 
     def side(self, name: str) -> _Side:
         """The observer of one side, `present` or `absent`."""

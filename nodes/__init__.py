@@ -5,6 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from ..medsteer_core.host.embedded import register_vae
 from ..medsteer_core.host.vector_folder import register_folder
 from .combine import CombineVectors
+from .contexts import PromptContexts
 from .counterfactual import CounterfactualCompare
 from .extract import ExtractPathologyVector
 from .load import LoadDiT, LoadEndoPhantom
@@ -18,6 +19,7 @@ NODES: list[type[io.ComfyNode]] = [
     LoadEndoPhantom,
     LoadDiT,
     LoadPEFTLoRA,
+    PromptContexts,
     ExtractPathologyVector,
     SavePathologyVector,
     LoadPathologyVector,

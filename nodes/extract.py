@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..medsteer_core.host import extraction, sampling
+from ..medsteer_core.host import extraction, sample_folder, sampling
 from ..medsteer_core.host.notes import note
 from ..medsteer_core.summary import describe
 from .prompts import prompt_text
@@ -99,6 +99,16 @@ class ExtractPathologyVector(io.ComfyNode):
                         "the operator affine needs to erase the finding."
                     ),
                 ),
+                io.Boolean.Input(
+                    "keep_samples",
+                    default=True,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "Keeps what was seen of the samples on disk (activations, neither images nor texts), so that "
+                        "a stopped extraction goes on and more samples add to those there."
+                    ),
+                ),
             ],
             outputs=[
                 Vector.Output("vector", tooltip="The pathology vector, for Steer and Save Pathology Vector."),
@@ -129,6 +139,7 @@ class ExtractPathologyVector(io.ComfyNode):
         sigmas=None,
         rank=8,
         estimator=extraction.MEAN_DIFFERENCE,
+        keep_samples=True,
     ) -> io.NodeOutput:
         request = extraction.Request(
             present=present,
@@ -143,7 +154,10 @@ class ExtractPathologyVector(io.ComfyNode):
             texts={name: prompt_text(cls.hidden.prompt, cls.hidden.unique_id, name) for name in PROMPTS},
             rank=rank,
             estimator=estimator,
+            store=sample_folder.store() if keep_samples else None,
         )
-        vector = extraction.extract(model, request)
+        remarks: list[str] = []
+        vector = extraction.extract(model, request, remarks.append)
         summary = describe(vector)
-        return io.NodeOutput(vector, summary, ui=note(summary, cls.hidden.unique_id))
+        shown = "\n".join([summary, *remarks])
+        return io.NodeOutput(vector, summary, ui=note(shown, cls.hidden.unique_id))

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import comfy.utils
 import comfyui_version
-import latent_preview
 import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
@@ -22,10 +20,13 @@ from ..pathology_vector import PathologyVector
 from ..sample_estimators import ESTIMATORS, NEEDS_PAIRS, estimate
 from ..sample_report import KEY as REPORT
 from ..sample_report import LEAST_SAMPLES, separability_facts
+from ..sample_store import SampleStore
 from ..sample_watch import SampleWatch
 from ..token_pairs import SIDES, PairedActivations, pairs_that_fit
 from . import sampling
+from .contexts import TEXT, context_texts, contexts_of
 from .fingerprint import fingerprint
+from .gathering import Batch, Gathering
 from .patch import observed, plan_of
 from .sampling import Schedule
 from .sites import find_sites, output_width
@@ -35,7 +36,6 @@ MEAN_DIFFERENCE = "mean difference"
 ESTIMATOR_NAMES = [name.replace("_", " ") for name in ESTIMATORS]
 NEEDS_VARIATION = ("lda", "leace")
 UNKNOWN_WIDTH = 4096  # what a site is reckoned with whose class does not say its width
-SEEDS = (1 << 64) - 1  # stochastic samplers on the CPU add 1, and torch takes nothing from 2**64 on
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,17 +54,23 @@ class Request:
     texts: Mapping[str, str | None] = field(default_factory=dict)  # the prompts' texts, where known
     rank: int = 8  # directions a site and step, with noise "same state"; otherwise there is one
     estimator: str = MEAN_DIFFERENCE  # one of ESTIMATOR_NAMES
+    store: SampleStore | None = None  # where samples are kept, so that they need not be sampled again
 
 
-def extract(model: ModelPatcher, request: Request) -> PathologyVector:
+def extract(model: ModelPatcher, request: Request, tell: Callable[[str], None] = lambda text: None) -> PathologyVector:
     """A pathology vector with full provenance.
 
     By the difference of class means (arXiv 2603.07066) or another ``estimator``: each prompt is sampled ``samples``
-    times. With ``paired`` noise image i of both prompts starts from the same noise; with ``unpaired`` the absent prompt
-    takes the next ``samples`` noises of the seed. From four samples on the provenance's "separability" says how well
-    each site and step tells unseen samples apart, or why that is not known. With noise ``same state`` by regression
-    instead (affine.py): ``samples`` images in all, half of each prompt, and at every state of theirs the other prompt
-    is evaluated too. Progress counts samples x steps.
+    times. With ``paired`` noise image i of both prompts starts from the same noise; with ``unpaired`` the present
+    prompt takes the even noises of the seed and the absent prompt the odd ones, so that more samples add to fewer. A
+    prompt in several contexts (contexts.py) takes them in turns. From four samples on the provenance's "separability"
+    says how well each site and step tells unseen samples apart, or why that is not known.
+
+    With noise ``same state`` by regression instead (affine.py): ``samples`` images in all, half of each prompt, and at
+    every state of theirs the other prompt is evaluated too.
+
+    Progress counts samples x steps. What is in ``request.store`` is not sampled again, and what was sampled is kept
+    there, also of an extraction that was stopped; ``tell`` hears what came from there.
     """
     batch = request.latent["samples"].shape[0]
     if batch != 1:
@@ -82,13 +88,14 @@ def extract(model: ModelPatcher, request: Request) -> PathologyVector:
         )
     _check_estimator(request)
     if request.noise == SAME_STATE:
-        return _extract_same_state(model, request)
-    offset = 0 if request.noise == PAIRED else request.samples
-    total = 2 * request.samples * request.schedule.steps
-    report = _Progress(model, total)
-    present = _watch(model, request.present, request, 0, report)
-    absent = _watch(model, request.absent, request, offset, report)
-    provenance = _provenance(model, request, range(request.samples), range(offset, offset + request.samples))
+        return _extract_same_state(model, request, tell)
+    stride = 1 if request.noise == PAIRED else 2
+    images_of = {
+        side: range(first, stride * request.samples, stride) for side, first in zip(SIDES, (0, stride - 1), strict=True)
+    }
+    gathering = Gathering(model, request, 2 * request.samples, tell)
+    present, absent = (_watch(gathering, side, images) for side, images in images_of.items())
+    provenance = _provenance(model, request, *images_of.values())
     return _estimated(request, present, absent, provenance, sampling.is_flow(model))
 
 
@@ -118,33 +125,23 @@ def _key(estimator: str) -> str:
     return estimator.replace(" ", "_")
 
 
-class _Progress:
-    """One progress bar with previews for the whole extraction."""
-
-    def __init__(self, model: ModelPatcher, total: int):
-        self._bar = comfy.utils.ProgressBar(total)
-        self._previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
-
-    def for_batch(self, size: int) -> Callable:
-        def callback(_step: int, x0, _x, _steps: int) -> None:
-            preview = None
-            if self._previewer is not None:
-                shown = x0.tensors[0] if x0.is_nested else x0  # of video and sound, the video
-                preview = self._previewer.decode_latent_to_preview_image("JPEG", shown)
-            self._bar.update_absolute(self._bar.current + size, preview=preview)  # cancels here when asked to
-
-        return callback
-
-
-def _watch(model: ModelPatcher, positive: list, request: Request, first: int, report: _Progress) -> SampleWatch:
-    """One prompt's samples, from image ``first`` of the seed on: what the estimator and the report need of them."""
+def _watch(gathering: Gathering, side: str, images: range) -> SampleWatch:
+    """One prompt's samples from these noises of the seed: what the estimator and the report need of them."""
+    request = gathering.request
     needed = request.estimator != MEAN_DIFFERENCE
     watch = SampleWatch(ActivationSums(), request.samples, needed, wanted=needed or request.samples >= LEAST_SAMPLES)
-    watched = observed(model, watch)
-    for images, noise, seed in _batches(model, request, range(first, first + request.samples)):
-        callback = report.for_batch(len(images))
-        with watch.run(images):
-            sampling.sample(watched, positive, request.negative, noise, request.schedule, request.cfg, seed, callback)
+    watched = observed(gathering.model, watch)
+    prompts = contexts_of(getattr(request, side))
+
+    def run(batch: Batch) -> None:
+        with watch.run(batch.images):
+            sampling.sample(
+                watched, prompts[batch.context % len(prompts)], request.negative, batch.noise, request.schedule,
+                request.cfg, batch.seed, batch.callback,
+            )  # fmt: skip
+
+    with gathering.kept(side, [getattr(request, side)], images, watch.go_on, lambda: watch.to_state()) as done:
+        gathering.sample(images, done, run)
     return watch
 
 
@@ -166,37 +163,36 @@ def _estimated(
     return replace(vector, provenance={**vector.provenance, REPORT: facts})
 
 
-def _extract_same_state(model: ModelPatcher, request: Request) -> PathologyVector:
+def _extract_same_state(model: ModelPatcher, request: Request, tell: Callable[[str], None]) -> PathologyVector:
     """Both prompts at every state of both prompts' trajectories: a counterfactual passes through both kinds."""
     if request.rank < 1:
         raise MedSteerError(f"rank is {request.rank}; 1 or more was expected.")
-    prompts = dict(zip(SIDES, (request.present, request.absent), strict=True))
-    half = (request.samples + 1) // 2
-    images_of = dict(zip(SIDES, (range(half), range(half, request.samples)), strict=True))
+    prompts = {side: contexts_of(getattr(request, side)) for side in SIDES}
+    images_of = {side: range(request.samples)[place::2] for place, side in enumerate(SIDES)}
     widths = [output_width(site) or UNKNOWN_WIDTH for site in find_sites(model.model.diffusion_model).values()]
     seen = PairedActivations(pairs_that_fit(widths, request.schedule.steps))
-    report = _Progress(model, request.samples * request.schedule.steps)
-    for followed, beside in (SIDES, SIDES[::-1]):
+    gathering = Gathering(model, request, request.samples, tell)
+
+    def runner(followed: str, beside: str) -> Callable[[Batch], None]:
         watched = observed(observed(model, seen.side(followed)), seen.side(beside), sampling.OTHER)
-        for images, noise, seed in _batches(model, request, images_of[followed]):
-            seen.begin(images)
-            sampling.sample_beside(
-                watched, prompts[followed], request.negative, prompts[beside], noise, request.schedule, request.cfg,
-                seed, report.for_batch(len(images)),
-            )  # fmt: skip
+
+        def run(batch: Batch) -> None:
+            own, other = (prompts[side][batch.context % len(prompts[side])] for side in (followed, beside))
+            with seen.run(batch.images):
+                sampling.sample_beside(
+                    watched, own, request.negative, other, batch.noise, request.schedule, request.cfg, batch.seed,
+                    batch.callback,
+                )  # fmt: skip
+
+        return run
+
+    both = [request.present, request.absent]
+    with gathering.kept(SAME_STATE, both, range(request.samples), seen.go_on, seen.to_state) as done:
+        for followed, beside in (SIDES, SIDES[::-1]):
+            gathering.sample(images_of[followed], done, runner(followed, beside))
     means = [seen.statistics(side) for side in SIDES]
     provenance = _provenance(model, request, *images_of.values())
     return affine_map(seen.pairs(), *means, request.rank, provenance, flow=sampling.is_flow(model))
-
-
-def _batches(model: ModelPatcher, request: Request, images: range) -> Iterator[tuple[range, Tensor, int]]:
-    """The images in batches that fit, each with its noise and a seed for samplers that draw noise of their own."""
-    latent = sampling.empty_latent(model, request.latent)
-    size = sampling.batch_that_fits(model, latent, len(images))
-    for start in range(0, len(images), size):
-        part = images[start : start + size]
-        # Another batch gets another seed, or it would draw the same noise.
-        yield part, sampling.noise_for(latent, request.seed, part), (request.seed + part.start) % SEEDS
 
 
 def _provenance(model: ModelPatcher, request: Request, present: range, absent: range) -> dict[str, Any]:
@@ -204,13 +200,13 @@ def _provenance(model: ModelPatcher, request: Request, present: range, absent: r
     return {
         "model": fingerprint(model),
         "prompts": {
-            name: {"text": request.texts.get(name), **prompt_of(getattr(request, name))}
+            name: {"text": _text(request, name), **prompt_of(getattr(request, name))}
             for name in ("present", "absent", "negative")
         },
         "seed": request.seed,
         "samples": samples,
         "noise": request.noise,
-        "noise_indices": {"present": [present.start, present.stop], "absent": [absent.start, absent.stop]},
+        "noise_indices": {side: _numbers(images) for side, images in zip(SIDES, (present, absent), strict=True)},
         "latent_shape": list(sampling.empty_latent(model, request.latent).shape),
         "sampler": plan.sampler_name,
         "scheduler": plan.scheduler,
@@ -221,13 +217,24 @@ def _provenance(model: ModelPatcher, request: Request, present: range, absent: r
     }
 
 
+def _text(request: Request, name: str) -> str | None:
+    """A prompt's text where it is known; of several contexts the first."""
+    return request.texts.get(name) or next(iter(context_texts(getattr(request, name))), None)
+
+
+def _numbers(images: range) -> list[int]:
+    """A range as [start, stop], or [start, stop, step]: `range(*numbers)` is the range."""
+    return [images.start, images.stop] if images.step == 1 else [images.start, images.stop, images.step]
+
+
 def prompt_of(conditioning: list) -> dict[str, Any]:
     """What is known of a conditioning itself: its shapes and a hash."""
     tensors = [entry[0] for entry in conditioning]
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return {"shapes": [list(tensor.shape) for tensor in tensors], "sha256": digest.hexdigest()}
+    facts = {"shapes": [list(tensor.shape) for tensor in tensors], "sha256": digest.hexdigest()}
+    return {**facts, "contexts": texts} if (texts := context_texts(conditioning)) else facts
 
 
 def _same(one: list, other: list) -> bool:
@@ -239,7 +246,9 @@ def _same(one: list, other: list) -> bool:
         return a is b or (isinstance(a, str | int | float | tuple) and a == b)
 
     return len(one) == len(other) and all(
-        equal(a[0], b[0]) and a[1].keys() == b[1].keys() and all(equal(a[1][key], b[1][key]) for key in a[1])
+        equal(a[0], b[0])
+        and a[1].keys() == b[1].keys()
+        and all(equal(a[1][key], b[1][key]) for key in a[1] if key != TEXT)
         for a, b in zip(one, other, strict=True)
     )
 

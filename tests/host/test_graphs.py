@@ -22,9 +22,10 @@ SCHEMA = {
     "MedSteer_LoadPEFTLoRA": (
         ["model", "lora_name", "strength_model", "strength_clip", "clip"], ["MODEL", "CLIP", "STRING"],
     ),
+    "MedSteer_PromptContexts": (["clip", "present", "absent", "templates"], ["CONDITIONING", "CONDITIONING"]),
     "MedSteer_ExtractPathologyVector": (
         ["model", "present", "absent", "negative", "latent_image", "samples", "seed", "steps", "cfg", "sampler_name",
-         "scheduler", "noise", "sampler", "sigmas", "rank", "estimator"],
+         "scheduler", "noise", "sampler", "sigmas", "rank", "estimator", "keep_samples"],
         ["MEDSTEER_VECTOR", "STRING"],
     ),
     "MedSteer_SavePathologyVector": (["vector", "filename_prefix"], ["STRING"]),
