@@ -113,7 +113,10 @@ class ComfyClient:
 
     def queue(self, workflow: Workflow, client_id: str | None = None) -> str:
         """Queue a workflow and return its prompt id; WorkflowRefused when any part of it is not valid."""
-        payload = {"prompt": workflow} if client_id is None else {"prompt": workflow, "client_id": client_id}
+        # With metadata, be it empty: nodes add to it what saved images are to say besides the workflow.
+        payload = {"prompt": workflow, "extra_data": {"extra_pnginfo": {}}}
+        if client_id is not None:
+            payload["client_id"] = client_id
         try:
             answer = json.loads(self._request("/prompt", payload))
         except urllib.error.HTTPError as error:

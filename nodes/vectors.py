@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..medsteer_core.host import reference_import, vector_folder
 from ..medsteer_core.host.notes import note
+from ..medsteer_core.host.sharing import shown_with_recipe
 from ..medsteer_core.summary import describe
 from .types import CATEGORY, Vector
 
@@ -28,14 +29,15 @@ class SavePathologyVector(io.ComfyNode):
                 ),
             ],
             outputs=[io.String.Output("path", tooltip="The name under which Load Pathology Vector lists the file.")],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
             is_output_node=True,
         )
 
     @classmethod
     def execute(cls, vector, filename_prefix: str) -> io.NodeOutput:
         name = vector_folder.save(vector, filename_prefix)
-        return io.NodeOutput(name, ui=note(f"Saved as models/medsteer/{name}", cls.hidden.unique_id))
+        shown = f"Saved as models/medsteer/{name}"
+        return io.NodeOutput(name, ui=shown_with_recipe(cls.hidden, vector, name, shown))
 
 
 class LoadPathologyVector(io.ComfyNode):
@@ -55,7 +57,7 @@ class LoadPathologyVector(io.ComfyNode):
                 )
             ],
             outputs=[Vector.Output("vector", tooltip="The pathology vector, for Steer.")],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
             has_intermediate_output=True,
         )
 
@@ -71,7 +73,7 @@ class LoadPathologyVector(io.ComfyNode):
     @classmethod
     def execute(cls, vector_name: str) -> io.NodeOutput:
         vector = vector_folder.load(vector_name)
-        return io.NodeOutput(vector, ui=note(describe(vector), cls.hidden.unique_id))
+        return io.NodeOutput(vector, ui=shown_with_recipe(cls.hidden, vector, vector_name, describe(vector)))
 
 
 class ImportPathologyVector(io.ComfyNode):
@@ -115,7 +117,7 @@ class ImportPathologyVector(io.ComfyNode):
                 Vector.Output("vector", tooltip="The pathology vector, for Steer (suppress, ablate) and Save."),
                 io.String.Output("summary", tooltip="What the file says, and what was assumed."),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
             has_intermediate_output=True,
         )
 
@@ -132,7 +134,7 @@ class ImportPathologyVector(io.ComfyNode):
     def execute(cls, file_name: str, model, schedule: str, steps: int, sigmas=None) -> io.NodeOutput:
         vector = reference_import.import_vector(model, file_name, schedule, steps, sigmas)
         summary = describe(vector)
-        return io.NodeOutput(vector, summary, ui=note(summary, cls.hidden.unique_id))
+        return io.NodeOutput(vector, summary, ui=shown_with_recipe(cls.hidden, vector, file_name, summary))
 
 
 class ExportPathologyVector(io.ComfyNode):

@@ -1,6 +1,7 @@
 """The pack's own graphs through the API of the real server: what a headless user does, with the shipped model."""
 
 import copy
+import io
 import json
 import threading
 import time
@@ -8,6 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from medsteer_core.demo import WORKFLOW
 from medsteer_core.evaluate import score_pair
@@ -46,6 +48,12 @@ SCHEMA = {
          "mask"], ["MODEL"],
     ),
     "MedSteer_CounterfactualCompare": (["factual", "counterfactual"], ["IMAGE", "STRING"]),
+    "MedSteer_InspectVector": (["vector"], ["IMAGE", "STRING"]),
+    "MedSteer_CounterfactualPanel": (["factual", "counterfactual", "concept_map"], ["IMAGE", "STRING"]),
+    "MedSteer_StrengthSweep": (
+        ["factual", "counterfactual", "strengths", "judge", "source_class", "target_class"],
+        ["IMAGE", "STRING", "STRING"],
+    ),
 }  # fmt: skip
 
 
@@ -204,6 +212,28 @@ def test_a_saved_vector_steers_exactly_as_the_one_it_was_saved_from(comfy):
     second = comfy.run(with_images(nodes, image=STEERED))
     assert (first.pixels("image") == second.pixels("image")).all()
     assert "An endoscopic image of polyps - An endoscopic image of normal cecum" in second.text("load")
+
+
+def test_an_image_says_how_the_loaded_vector_was_made(comfy):
+    """In the PNG, and in what the browser keeps among the node's properties."""
+    nodes = graph()
+    nodes["60"] = node("MedSteer_SavePathologyVector", "save", vector=["6", 0], filename_prefix="tests/shared")
+    name = comfy.run(with_images(nodes)).text("save").removeprefix("Saved as models/medsteer/")
+    nodes = graph()
+    nodes["6"] = node("MedSteer_LoadPathologyVector", "load", vector_name=name)
+    nodes = with_images(nodes, image=STEERED)
+    nodes["120"] = node("SaveImage", "file", images=["101", 0], filename_prefix="tests/shared")
+    result = comfy.run(nodes)
+    recipe = result.output("load")["medsteer_recipe"][0]
+    assert recipe["file"] == name and recipe["vector"] in name
+    made = recipe["made"]
+    assert made["prompts"]["present"]["text"] == "An endoscopic image of polyps"
+    assert (made["seed"], made["samples"], made["steps"], made["sampler"]) == (
+        EXAMPLE["6"]["inputs"]["seed"], 2, 6, "euler"
+    )  # fmt: skip
+    assert "separability" not in made and "explained_by_site" not in made
+    with Image.open(io.BytesIO(result.images("file")[0])) as image:
+        assert json.loads(image.text["medsteer"]) == {recipe["vector"]: recipe}
 
 
 def test_a_vector_that_is_not_there_is_refused_before_anything_runs(comfy):

@@ -1,0 +1,51 @@
+"""What `.comfyignore` leaves of the repository is all that a user's ComfyUI needs, and little more."""
+
+import shutil
+import subprocess
+
+import pytest
+
+from medsteer_core.client import ComfyClient
+from medsteer_core.server import ComfyServer, comfyui_from_environment
+
+MOST_BYTES = 22 * 10**6  # 17.5 MB of it are EndoPhantom's weights
+NEVER = ("tests/", "benchmarks/", ".ci/", ".github/", "output/", "dev.py")
+ALWAYS = ("__init__.py", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "example_workflows/", "web/docs/",
+          "medsteer_core/endophantom/weights/", "nodes/")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def archived(checkout):
+    """The files of the archive, as the publisher's tool picks them: committed or about to be, and not ignored."""
+
+    def listed(*options):
+        command = ["git", "-C", str(checkout), "ls-files", "-co", "--exclude-standard", *options]
+        return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines())
+
+    if not (checkout / ".git").exists():
+        pytest.skip("no git clone: which files belong to the repository is not known")
+    ignored = subprocess.run(
+        ["git", "-C", str(checkout), "ls-files", "-ci", "-X", str(checkout / ".comfyignore")],
+        capture_output=True, text=True, check=True,
+    ).stdout.splitlines()  # fmt: skip
+    untracked = subprocess.run(
+        ["git", "-C", str(checkout), "ls-files", "-oi", "-X", str(checkout / ".comfyignore")],
+        capture_output=True, text=True, check=True,
+    ).stdout.splitlines()  # fmt: skip
+    return sorted(name for name in listed() - set(ignored) - set(untracked) if (checkout / name).is_file())
+
+
+def test_it_is_small_and_has_no_part_that_only_developers_need(checkout, archived):
+    assert not [name for name in archived if name.startswith(NEVER)]
+    assert all(any(name.startswith(part) for name in archived) for part in ALWAYS)
+    assert sum((checkout / name).stat().st_size for name in archived) < MOST_BYTES
+
+
+def test_comfyui_loads_it_whole(checkout, archived, comfy, tmp_path):
+    for name in archived:
+        (tmp_path / "pack" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(checkout / name, tmp_path / "pack" / name)
+    with ComfyServer(comfyui_from_environment(), tmp_path / "pack", cpu=True) as server:
+        there = ComfyClient(server.address).object_info()
+    ours = {name for name in comfy.object_info() if name.startswith("MedSteer_")}
+    assert ours and ours == {name for name in there if name.startswith("MedSteer_")}
