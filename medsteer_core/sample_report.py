@@ -1,21 +1,42 @@
 """What a vector's provenance says of unseen samples: how well each site and step separates them, and how steadily."""
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from .axes import AXES, mean_axis
 from .pathology_vector import PathologyVector
 from .samples_record import SampleRecord
-from .separability import report
+from .separability import held_out_projections, report
 
 KEY = "separability"
-AUROC, STABILITY = "auroc", "stability"
+AUROC, STABILITY, PROJECTIONS = "auroc", "stability", "projections"
+SIDES = ("present", "absent")
+Measure = Mapping[str, Sequence[float]]
 LEAST_SAMPLES = 4
 MOST_SAMPLES = 512
 # Numbers (samples x levels x channels of all sites) that the report looks at: ten seconds of one core or less. The mean
 # is taken faster than the other axes are solved for.
 MOST_NUMBERS, MOST_NUMBERS_OF_MEANS = 10**7, 3 * 10**7
 DIGITS = 3
+# Projections of each class that a vector keeps: enough for a histogram, and a few kilobytes at most.
+MOST_PROJECTIONS = 64
+
+
+@dataclass(frozen=True)
+class Projections:
+    """Where unseen samples lie along the direction at one site and step, from the midpoint of the classes.
+
+    present, absent: one number a sample, in the activations' units
+    """
+
+    site: str
+    step: int
+    present: tuple[float, ...]
+    absent: tuple[float, ...]
 
 
 def separability_facts(
@@ -24,16 +45,33 @@ def separability_facts(
     """Held-out AUROC and split-half stability of the sites `names` for provenance: {site: [S numbers]} each.
 
     Both are of the axis that `estimator` reads by. Of many samples the first are taken, as many as `samples` says, so
-    that the report's time is bounded. Needs LEAST_SAMPLES of each prompt.
+    that the report's time is bounded. `projections` are held-out projections of the first MOST_PROJECTIONS of each
+    class at the site with the best mean AUROC, at its best step. Needs LEAST_SAMPLES of each prompt.
     """
     axis = AXES[estimator]
     widths = sum(present.sites[name].shape[2] for name in names)
     fitting = (MOST_NUMBERS_OF_MEANS if axis is mean_axis else MOST_NUMBERS) // (len(present.sigmas) * widths)
     count = min(present.count, absent.count, MOST_SAMPLES, max(LEAST_SAMPLES, fitting))
-    found = report(_first(present, names, count), _first(absent, names, count), axis)
+    sides = [_first(record, names, count) for record in (present, absent)]
+    found = report(*sides, axis)
     for measure in (AUROC, STABILITY):
         found[measure] = {name: [round(v, DIGITS) for v in values] for name, values in found[measure].items()}
-    return {**found, "samples": count}
+    site, step = _best(found[AUROC], found[STABILITY])
+    along = zip(SIDES, held_out_projections(*sides, site, step, axis), strict=True)
+    projections = {"site": site, "step": step, **{side: _short(values) for side, values in along}}
+    return {**found, "samples": count, PROJECTIONS: projections}
+
+
+def _best(auroc: Measure, stability: Measure) -> tuple[str, int]:
+    """The site with the largest mean AUROC and its largest step; of equals the steadiest, and of these the first."""
+    site = max(auroc, key=lambda name: (_mean(auroc[name]), _mean(stability[name])))
+    steps = list(zip(auroc[site], stability[site], strict=True))
+    return site, steps.index(max(steps))
+
+
+def _short(values: Tensor) -> list[float]:
+    # significant digits: some sites' activations are small
+    return [float(f"{value:.{DIGITS}g}") for value in values[:MOST_PROJECTIONS].tolist()]
 
 
 def _first(record: SampleRecord, names: Sequence[str], count: int) -> SampleRecord:
@@ -50,6 +88,26 @@ def recorded(vector: PathologyVector, measure: str) -> dict[str, list[float]]:
     return {name: list(values[name]) for name in vector.site_names}
 
 
+def recorded_projections(vector: PathologyVector) -> Projections | None:
+    """The held-out projections that a vector keeps; None where it has no (sound) ones, as vectors of older versions."""
+    facts = vector.provenance.get(KEY)
+    found = facts.get(PROJECTIONS) if isinstance(facts, Mapping) else None
+    if not isinstance(found, Mapping):
+        return None
+    site, step, sides = found.get("site"), found.get("step"), [found.get(side) for side in SIDES]
+    fits = site in vector.sites if isinstance(site, str) else False
+    fits = fits and isinstance(step, int) and 0 <= step < vector.steps and all(map(_numbers, sides))
+    return Projections(site, step, *map(tuple, sides)) if fits else None
+
+
+def _numbers(values: Any) -> bool:
+    return (
+        isinstance(values, list | tuple)
+        and 0 < len(values) <= MOST_PROJECTIONS
+        and all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+    )
+
+
 def _sound(values: Any, steps: int) -> bool:
     return (
         isinstance(values, list | tuple)
@@ -63,8 +121,8 @@ def describe_separability(vector: PathologyVector) -> list[str]:
     facts, samples = vector.provenance.get(KEY), vector.provenance.get("samples")
     auroc, stability = recorded(vector, AUROC), recorded(vector, STABILITY)
     if auroc and stability:
-        means = {name: sum(values) / len(values) for name, values in auroc.items()}
-        best = max(means, key=means.__getitem__)
+        means = {name: _mean(values) for name, values in auroc.items()}
+        best, _ = _best(auroc, stability)
         halves = [value for values in stability.values() for value in values]
         return [
             f"separability at unseen samples: AUROC {_mean(means.values()):.3f} on average, best "

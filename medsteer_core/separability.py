@@ -40,6 +40,27 @@ def held_out_auroc(
     }
 
 
+def held_out_projections(
+    present: SampleRecord, absent: SampleRecord, name: str, step: int, axis: Axis = mean_axis, folds: int = FOLDS
+) -> tuple[Tensor, Tensor]:
+    """How far along the axis each sample lies at one site and step, present (n,) and absent (m,), in record order.
+
+    Cross-fitted as in `held_out_auroc`: a sample is projected on the axis of the parts without it, and measured from
+    the midpoint of these parts' class means, so that numbers of several parts share an origin. In the activations'
+    units; raises MedSteerError as `held_out_auroc` does.
+    """
+    _check_enough(present, absent, axis)
+    sides = [record.sites[name][:, step : step + 1].double() for record in (present, absent)]
+    found = [torch.zeros(len(side), dtype=torch.float64) for side in sides]
+    for chosen in _parts(present, absent, folds):
+        others = [side[~part] for side, part in zip(sides, chosen, strict=True)]
+        direction = axis(*others)
+        middle = sum(other.mean(dim=0) for other in others) / 2
+        for values, side, part in zip(found, sides, chosen, strict=True):
+            values[part] = ((side[part] - middle) * direction).sum(dim=(1, 2))
+    return found[0], found[1]
+
+
 def split_half_stability(
     present: SampleRecord, absent: SampleRecord, axis: Axis = mean_axis, splits: int = SPLITS, seed: int = 0
 ) -> dict[str, Tensor]:

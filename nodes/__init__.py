@@ -10,6 +10,7 @@ from .counterfactual import CounterfactualCompare
 from .extract import ExtractPathologyVector
 from .load import LoadDiT, LoadEndoPhantom
 from .lora import LoadPEFTLoRA
+from .pictures import CounterfactualPanel, InspectVector, StrengthSweep
 from .sampler import CounterfactualSampler
 from .schedule import PixArtSigmas
 from .steer import Steer
@@ -30,6 +31,9 @@ NODES: list[type[io.ComfyNode]] = [
     Steer,
     CounterfactualSampler,
     CounterfactualCompare,
+    InspectVector,
+    CounterfactualPanel,
+    StrengthSweep,
 ]
 
 

@@ -86,6 +86,7 @@ class ExtractPathologyVector(io.ComfyNode):
                     min=1,
                     max=64,
                     optional=True,
+                    advanced=True,
                     tooltip="Only for noise 'same state': how many directions a block and step have.",
                 ),
                 io.Combo.Input(

@@ -56,6 +56,7 @@ class LoadDiT(io.ComfyNode):
                     "weight_dtype",
                     options=list(WEIGHT_DTYPES),
                     default="default",
+                    advanced=True,
                     tooltip="Number type of the weights in memory. fp8 halves memory and loses some precision.",
                 ),
                 io.Combo.Input(

@@ -76,6 +76,7 @@ class CounterfactualSampler(io.ComfyNode):
                     min=0.01,
                     max=1.0,
                     step=0.01,
+                    advanced=True,
                     tooltip="For lock 'concept map': a pixel may change from this share of the map's largest value on.",
                 ),
                 io.Int.Input(
@@ -83,6 +84,7 @@ class CounterfactualSampler(io.ComfyNode):
                     default=1,
                     min=0,
                     max=64,
+                    advanced=True,
                     tooltip="For lock 'concept map': how many latent pixels the mask is grown by.",
                 ),
                 io.Sampler.Input("sampler", optional=True, tooltip="Overrides sampler_name."),

@@ -27,6 +27,7 @@ class PixArtSigmas(io.ComfyNode):
                     min=0.01,
                     max=1.0,
                     step=0.01,
+                    advanced=True,
                     tooltip="Below 1, the last steps of a longer schedule, to start from an image.",
                 ),
             ],

@@ -20,7 +20,7 @@ def _strength(default: float, tooltip: str) -> io.Float.Input:
 
 
 def _keep_norm(default: bool) -> io.Boolean.Input:
-    return io.Boolean.Input("keep_norm", default=default, tooltip=KEEP_NORM)
+    return io.Boolean.Input("keep_norm", default=default, advanced=True, tooltip=KEEP_NORM)
 
 
 class Steer(io.ComfyNode):
@@ -29,7 +29,7 @@ class Steer(io.ComfyNode):
         return io.Schema(
             node_id="MedSteer_Steer",
             display_name="Steer",
-            category=CATEGORY,
+            category=f"{CATEGORY}/steering",
             description="Moves a model's cross-attention along a pathology vector while it samples.",
             search_aliases=["medsteer", "counterfactual", "activation steering", "remove finding", "suppress concept"],
             inputs=[
@@ -138,6 +138,7 @@ class Steer(io.ComfyNode):
                 io.String.Input(
                     "sites",
                     default="all",
+                    advanced=True,
                     tooltip=(
                         "Cross-attention blocks in order: all, numbers such as 0-3,8, a name pattern with *, or auto: "
                         "those that tell the classes apart."
@@ -146,6 +147,7 @@ class Steer(io.ComfyNode):
                 io.String.Input(
                     "rows",
                     default="all",
+                    advanced=True,
                     tooltip="Which conditionings are steered: all, positive, negative, or another name of the guider.",
                 ),
                 io.Combo.Input(
@@ -163,6 +165,7 @@ class Steer(io.ComfyNode):
                     options=list(CURVES),
                     default=CONSTANT,
                     optional=True,
+                    advanced=True,
                     tooltip="How strength goes over the window: constant, from 0 up, down to 0, or up and down.",
                 ),
                 Vector.Input(

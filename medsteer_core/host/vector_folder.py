@@ -20,6 +20,7 @@ from ..reference_files import NPZ_SUFFIX, PICKLE_SUFFIXES
 from ..reference_vectors import from_vector
 
 FOLDER, SUFFIX, UPLOADED = "medsteer", ".safetensors", "input/"
+JUDGES = "judges"  # a folder in it, see judge_folder.py
 REFERENCE_SUFFIXES = (*PICKLE_SUFFIXES, NPZ_SUFFIX)
 _AGAIN = ", or make it again with Extract and Save Pathology Vector"
 
@@ -30,8 +31,8 @@ def register_folder() -> None:
 
 
 def names() -> list[str]:
-    """Every vector file: names in ``models/medsteer``, then ``input/...`` for uploaded ones."""
-    return _listed((SUFFIX,))
+    """Every vector file: names in ``models/medsteer``, then ``input/...`` for uploaded ones. Judges' files are none."""
+    return [name for name in _listed((SUFFIX,)) if Path(name).parts[0] != JUDGES]
 
 
 def reference_names() -> list[str]:

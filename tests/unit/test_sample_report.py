@@ -9,7 +9,18 @@ import torch
 from medsteer_core import sample_report
 from medsteer_core.pathology_vector import PathologyVector
 from medsteer_core.sample_estimators import estimate
-from medsteer_core.sample_report import AUROC, KEY, STABILITY, describe_separability, recorded, separability_facts
+from medsteer_core.sample_report import (
+    AUROC,
+    KEY,
+    MOST_PROJECTIONS,
+    PROJECTIONS,
+    STABILITY,
+    Projections,
+    describe_separability,
+    recorded,
+    recorded_projections,
+    separability_facts,
+)
 from medsteer_core.samples_record import SampleRecord
 from medsteer_core.summary import describe
 
@@ -104,3 +115,33 @@ def test_a_measure_is_given_in_the_vectors_order():
     report = {AUROC: {"s1": [0.5, 0.6], "s0": [1.0, 0.9], "gone": [0.1]}}
     assert list(recorded(vector(report), AUROC).items()) == [("s0", [1.0, 0.9]), ("s1", [0.5, 0.6])]
     assert recorded(vector(report), STABILITY) == {} and recorded(vector("none"), AUROC) == {}
+
+
+def test_the_facts_keep_projections_of_unseen_samples_at_the_best_site():
+    found = separability_facts(*records((0.0, 9.0), 80), "mean_difference", ("s0", "s1"))[PROJECTIONS]
+    assert found["site"] == "s1" and len(found["present"]) == len(found["absent"]) == MOST_PROJECTIONS
+    assert sum(found["present"]) / 64 == pytest.approx(4.5, abs=0.4)
+    assert sum(found["absent"]) / 64 == pytest.approx(-4.5, abs=0.4)
+    assert all(float(f"{value:.3g}") == value for value in found["present"])
+
+
+def test_of_sites_that_separate_alike_the_steadiest_is_shown():
+    found = separability_facts(*records((9.0, 40.0)), "mean_difference", ("s0", "s1"))
+    assert found[AUROC]["s0"] == found[AUROC]["s1"] == [1.0, 1.0] and found[PROJECTIONS]["site"] == "s1"
+
+
+SOUND = {"site": "s1", "step": 1, "present": [1.0, 2.0], "absent": [-1.0]}
+
+
+def test_recorded_projections_are_those_of_the_vector():
+    assert recorded_projections(vector({PROJECTIONS: SOUND})) == Projections("s1", 1, (1.0, 2.0), (-1.0,))
+    assert recorded_projections(vector(facts())) is not None and recorded_projections(vector()) is None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"site": "gone"}, {"site": ["s1"]}, {"step": 2}, {"step": -1}, {"step": 0.5}, {"present": []}, {"absent": ["a"]},
+     {"present": None}, {"absent": [1.0] * (MOST_PROJECTIONS + 1)}],
+)  # fmt: skip
+def test_projections_that_do_not_fit_their_vector_count_as_none(wrong):
+    assert recorded_projections(vector({PROJECTIONS: {**SOUND, **wrong}})) is None

@@ -7,7 +7,14 @@ from torch.nn import functional as F
 from medsteer_core.axes import AXES, discriminant_axis, mean_axis
 from medsteer_core.errors import MedSteerError
 from medsteer_core.samples_record import SampleRecord
-from medsteer_core.separability import auroc, auto_sites, held_out_auroc, report, split_half_stability
+from medsteer_core.separability import (
+    auroc,
+    auto_sites,
+    held_out_auroc,
+    held_out_projections,
+    report,
+    split_half_stability,
+)
 
 
 def records(gaps, count=40, channels=32, seed=0, absent_count=None, first_absent=0, shared=0.0):
@@ -160,3 +167,22 @@ def test_one_fold_and_records_of_other_models_are_refused():
         held_out_auroc(*both, folds=1)
     with pytest.raises(MedSteerError, match="different sites"):
         held_out_auroc(both[0], records({"c": [1.0]})[1])
+
+
+# Projections
+
+
+def test_projections_are_of_unseen_samples_and_from_the_midpoint():
+    """The offset of 7 in every channel is gone; without a gap 512 channels show none, since each sample is unseen."""
+    present, absent = held_out_projections(*records({"b": [0.0, 8.0]}, count=60, channels=16), "b", 1)
+    assert present.shape == absent.shape == (60,)
+    assert float(present.mean()) == pytest.approx(4, abs=0.4) and float(absent.mean()) == pytest.approx(-4, abs=0.4)
+    none = held_out_projections(*records({"b": [0.0]}, count=60, channels=512), "b", 0)
+    assert abs(float(none[0].mean() - none[1].mean())) < 0.6
+
+
+def test_each_projection_stands_at_its_samples_place():
+    present, absent = records({"b": [6.0]}, count=10, absent_count=7)
+    present.sites["b"][4] += 10 * (present.sites["b"].mean(0) - absent.sites["b"].mean(0))
+    first, second = held_out_projections(present, absent, "b", 0)
+    assert (len(first), len(second)) == (10, 7) and int(first.argmax()) == 4

@@ -86,6 +86,13 @@ def test_uploads_are_listed_and_loaded(vector, folders):
     assert vector_folder.load("input/mine.safetensors").content_hash() == vector.content_hash()
 
 
+def test_the_weights_of_judges_are_no_vectors(vector, folders):
+    name = vector_folder.save(vector, "polyps")
+    (folders / "models" / "medsteer" / "judges" / "mine").mkdir(parents=True)
+    (folders / "models" / "medsteer" / "judges" / "mine" / "weights.safetensors").write_bytes(b"")
+    assert vector_folder.names() == [name]
+
+
 @pytest.mark.parametrize("name", ["missing.safetensors", "../secret.safetensors", "input/../secret.safetensors", ""])
 def test_a_name_that_is_not_listed_is_refused_with_advice(folders, vector, name):
     saved = vector_folder.save(vector, "polyps")

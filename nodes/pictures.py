@@ -1,0 +1,151 @@
+"""The nodes that draw: a vector, pairs of images, and a sweep of strengths."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from comfy_api.latest import io, ui
+
+from ..medsteer_core.host import counterfactual as sampled
+from ..medsteer_core.host import judge_folder
+from ..medsteer_core.image_pairs import channels_first, compare_pairs
+from ..medsteer_core.panel import pair_panel
+from ..medsteer_core.summary import describe
+from ..medsteer_core.sweep import records, sweep, sweep_picture, table
+from ..medsteer_core.vector_plot import vector_picture
+from .types import CATEGORY, Vector
+
+# The workflow goes into the preview's PNG, as core's Preview Image does it.
+_METADATA = [io.Hidden.prompt, io.Hidden.extra_pnginfo]
+
+
+class InspectVector(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MedSteer_InspectVector",
+            display_name="Inspect Pathology Vector",
+            category=f"{CATEGORY}/vectors",
+            description=(
+                "Draws what a vector knows of itself: class gap, separability and stability of every block and step."
+            ),
+            search_aliases=["plot vector", "heat map", "auroc", "separability", "histogram", "medsteer"],
+            inputs=[Vector.Input("vector", tooltip="From Extract, Load, Import or Combine Pathology Vectors.")],
+            outputs=[
+                io.Image.Output("picture", tooltip="The picture that the node shows, 1060 pixels wide."),
+                io.String.Output("summary", tooltip="The vector in a few lines: prompts, samples, sites, warnings."),
+            ],
+            hidden=_METADATA,
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, vector) -> io.NodeOutput:
+        picture = _as_image(vector_picture(vector))
+        return io.NodeOutput(picture, describe(vector), ui=ui.PreviewImage(picture, cls=cls))
+
+
+class CounterfactualPanel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MedSteer_CounterfactualPanel",
+            display_name="Counterfactual Panel",
+            category=f"{CATEGORY}/evaluate",
+            description="Draws factual, counterfactual, signed difference and concept map in a row, with the numbers.",
+            search_aliases=["side by side", "difference", "concept map", "ssim", "medsteer"],
+            inputs=[
+                io.Image.Input("factual", tooltip="The unsteered images."),
+                io.Image.Input(
+                    "counterfactual", tooltip="The steered images of the same seeds: one for each factual image."
+                ),
+                io.Mask.Input(
+                    "concept_map",
+                    optional=True,
+                    tooltip="Counterfactual Sampler's output of that name, as fourth tile.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output("panel", tooltip="A row for each of the first 4 pairs, and the legends."),
+                io.String.Output(
+                    "metrics", tooltip="SSIM, PSNR in dB, changed share of pixels, for each pair, as JSON."
+                ),
+            ],
+            hidden=_METADATA,
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, factual: torch.Tensor, counterfactual: torch.Tensor, concept_map=None) -> io.NodeOutput:
+        first, second = channels_first(factual), channels_first(counterfactual)
+        panel = _as_image(pair_panel(first, second, concept_map))
+        metrics = json.dumps(compare_pairs(first, second), indent=1)
+        return io.NodeOutput(panel, metrics, ui=ui.PreviewImage(panel, cls=cls))
+
+
+class StrengthSweep(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MedSteer_StrengthSweep",
+            display_name="Strength Sweep",
+            category=f"{CATEGORY}/evaluate",
+            description="Draws the counterfactuals of several strengths as a grid, with the judge's score under each.",
+            search_aliases=["grid", "xy plot", "flip rate", "judge", "dose response", "medsteer"],
+            inputs=[
+                io.Image.Input("factual", tooltip="The unsteered images: one row of the grid for each."),
+                io.Image.Input(
+                    "counterfactual",
+                    tooltip="Counterfactual Sampler's, decoded: all images of the first strength come first.",
+                ),
+                io.String.Input(
+                    "strengths", default="1", tooltip="The same text as in Counterfactual Sampler, such as 0.5, 1, 1.5."
+                ),
+                io.Combo.Input(
+                    "judge",
+                    options=judge_folder.names(),
+                    default=judge_folder.EMBEDDED,
+                    tooltip=(
+                        "Who scores. EndoPhantom: its own judge, which knows its drawings only. none: SSIM alone. "
+                        "Others are in models/medsteer/judges."
+                    ),
+                ),
+                io.String.Input(
+                    "source_class", default="polyps", tooltip="The class of the factual images, as the judge calls it."
+                ),
+                io.String.Input("target_class", default="normal cecum", tooltip="The class that they should become."),
+            ],
+            outputs=[
+                io.Image.Output("grid", tooltip="Factual first, then a column for each strength."),
+                io.String.Output("scores", tooltip="Every pair's score and each strength's flip rate, as JSON."),
+                io.String.Output("table", tooltip="The same pairs as CSV: a row for each image and strength."),
+            ],
+            hidden=_METADATA,
+            is_output_node=True,
+        )
+
+    @classmethod
+    def validate_inputs(cls, judge: str | None) -> bool | str:
+        # None: linked to another node, so not known yet
+        return judge is None or judge_folder.problem(judge) or True
+
+    @classmethod
+    def fingerprint_inputs(cls, judge: str | None = None, **_) -> str:
+        return "" if judge is None else judge_folder.state(judge)
+
+    @classmethod
+    def execute(
+        cls, factual: torch.Tensor, counterfactual: torch.Tensor, strengths, judge, source_class, target_class
+    ) -> io.NodeOutput:
+        first, second = channels_first(factual), channels_first(counterfactual)
+        multiples, by = sampled.multiples_of(strengths), judge_folder.judge_of(judge)
+        found = sweep(first, second, multiples, source_class, target_class, by, judge)
+        grid = _as_image(sweep_picture(first, second, found))
+        scores = json.dumps(records(found), indent=1)
+        return io.NodeOutput(grid, scores, table(found), ui=ui.PreviewImage(grid, cls=cls))
+
+
+def _as_image(picture: torch.Tensor) -> torch.Tensor:
+    """A picture (3, H, W) as ComfyUI's IMAGE."""
+    return picture.movedim(0, -1)[None]

@@ -1,0 +1,96 @@
+"""The nodes that draw, in ComfyUI: their outputs, their previews, and what they refuse."""
+
+import json
+import shutil
+from pathlib import Path
+
+import folder_paths
+import pytest
+import tiny
+import torch
+from comfy_extras.nodes_image_compare import ImageCompare
+from medsteer_pack.medsteer_core.errors import MedSteerError
+from medsteer_pack.medsteer_core.host import extraction, judge_folder, vector_folder
+from medsteer_pack.medsteer_core.summary import describe
+from medsteer_pack.nodes.pictures import CounterfactualPanel, InspectVector, StrengthSweep
+
+PRESENT, ABSENT, NEGATIVE = tiny.cond(1), tiny.cond(2), tiny.cond(3, tokens=2)
+GENERATOR = torch.Generator().manual_seed(0)
+FACTUAL = torch.rand(2, 32, 32, 3, generator=GENERATOR)
+STEERED = torch.rand(4, 32, 32, 3, generator=GENERATOR)
+
+
+def run(node, **inputs):
+    made = node.PREPARE_CLASS_CLONE(None)
+    made.hidden = None
+    return made.execute(**inputs)
+
+
+def shown(output):
+    """The one picture that stands in ComfyUI's temporary folder for the node's preview."""
+    (entry,) = output.ui.as_dict()["images"]
+    return entry["type"], entry["filename"]
+
+
+@pytest.mark.parametrize("noise", ["paired", "same state"])
+def test_inspect_draws_an_extracted_vector_and_describes_it(pixart, noise):
+    request = tiny.request(pixart, PRESENT, ABSENT, NEGATIVE, noise=noise, samples=4)
+    vector = extraction.extract(pixart, request)
+    output = run(InspectVector, vector=vector)
+    picture, summary = output.result
+    assert picture.shape == (1, 1096, 1060, 3) and summary == describe(vector)
+    assert shown(output)[0] == "temp"
+
+
+def test_the_panel_takes_the_samplers_concept_map_and_gives_the_numbers_of_all_pairs():
+    output = run(CounterfactualPanel, factual=FACTUAL, counterfactual=STEERED[:2], concept_map=torch.rand(2, 32, 32))
+    panel, metrics = output.result
+    assert panel.shape[-1] == 3 and len(json.loads(metrics)["pairs"]) == 2 and shown(output)
+
+
+def test_the_sweep_scores_with_the_embedded_judge_as_its_defaults_say():
+    defaults = {entry.id: entry.default for entry in StrengthSweep.define_schema().inputs if hasattr(entry, "default")}
+    output = run(StrengthSweep, **{**defaults, "factual": FACTUAL, "counterfactual": STEERED[:2]})
+    _, scores, table = output.result
+    record = json.loads(scores)
+    assert (record["judge"], record["source"], record["target"]) == ("EndoPhantom", "polyps", "normal cecum")
+    assert len(record["pairs"]) == 2 and len(table.splitlines()) == 3
+
+
+def sweep(judge, target="normal cecum"):
+    return run(
+        StrengthSweep, factual=FACTUAL, counterfactual=STEERED, strengths="0.5, 1", judge=judge,
+        source_class="polyps", target_class=target,
+    )  # fmt: skip
+
+
+def test_the_sweep_without_a_judge_measures_pixels():
+    record = json.loads(sweep("none").result[1])
+    assert [(p["image"], p["strength"]) for p in record["pairs"]] == [(1, 0.5), (1, 1.0), (2, 0.5), (2, 1.0)]
+
+
+def test_a_class_that_the_judge_lacks_is_an_error_that_lists_its_classes():
+    with pytest.raises(MedSteerError, match="target class is 'ulcers'.*normal pylorus"):
+        sweep("EndoPhantom", "ulcers")
+
+
+def test_judges_are_listed_from_the_models_folder_and_others_are_refused():
+    vector_folder.register_folder()
+    judges = Path(folder_paths.get_folder_paths("medsteer")[0]) / "judges"
+    for name in ("kvasir/judge.json", "flat.onnx", "flat.json", "lonely.onnx"):
+        (judges / name).parent.mkdir(parents=True, exist_ok=True)
+        (judges / name).write_text("{}")
+    assert judge_folder.names() == ["EndoPhantom", "none", "flat.onnx", "kvasir"]
+    before = judge_folder.state("flat.onnx")
+    (judges / "flat.json").write_text("{ }")
+    assert judge_folder.state("flat.onnx") != before and judge_folder.state("none") == ""
+    assert StrengthSweep.validate_inputs("kvasir") is True and StrengthSweep.validate_inputs(None) is True
+    assert "no judge '../kvasir'" in StrengthSweep.validate_inputs("../kvasir")
+    with pytest.raises(MedSteerError, match="kvasir"):
+        sweep("kvasir")
+    shutil.rmtree(judges)
+
+
+def test_cores_compare_images_takes_a_pair_of_ours():
+    output = ImageCompare.execute(image_a=FACTUAL, image_b=STEERED[:2])
+    assert len(output.ui["a_images"]) == len(output.ui["b_images"]) == 2
