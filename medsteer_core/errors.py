@@ -7,6 +7,9 @@ from contextlib import contextmanager
 class MedSteerError(ValueError):
     """Something the user gave does not fit. The message says what was wrong, what was expected and what to do."""
 
+    # ComfyUI shows it before the message, and its name for a pack's modules begins with the path of their folder.
+    __module__ = "medsteer_core.errors"
+
 
 @contextmanager
 def needs(package: str) -> Iterator[None]:

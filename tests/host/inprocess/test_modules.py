@@ -6,6 +6,8 @@ from pathlib import Path
 import comfy.model_management
 import folder_paths
 import medsteer_pack
+from execution import full_type_name
+from medsteer_pack.medsteer_core import errors
 
 import nodes
 from medsteer_core.server import comfyui_from_environment
@@ -30,3 +32,8 @@ def test_everything_runs_on_the_cpu():
 def test_no_folder_of_the_users_comfyui_is_written_to():
     for folder in (folder_paths.output_directory, folder_paths.input_directory, folder_paths.models_dir):
         assert not Path(folder).is_relative_to(COMFYUI)
+
+
+def test_an_error_is_shown_without_the_path_of_the_packs_folder():
+    """ComfyUI puts the module and the class before the message; a pack's own modules are named after its folder."""
+    assert full_type_name(errors.MedSteerError) == "medsteer_core.errors.MedSteerError"
