@@ -34,6 +34,7 @@ COMFYUI_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd46713
 COMFYUI_INSIDE = ("vendor", "ComfyUI")
 DISK_NEEDED = 10e9
 SCORING = ("torch", "aiohttp", "PIL", "matplotlib", "torchmetrics")
+CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome")
 NEEDED_BY = {"serve": ("torch", "aiohttp"), "test": (*SCORING, "pytest", "hypothesis", "ruff"), "": SCORING}
 
 
@@ -209,9 +210,32 @@ def run_logged(command: list[str], log: Path, label: str) -> None:
     print(f"\r{line:<60}" if terminal else line, flush=True)
 
 
-def run_child(command: list[str], made: Environment) -> int:
+def chromium() -> str | None:
+    """The Chromium for the browser tests: what CHROMIUM names, else the first of its names on the PATH, else None."""
+    named = os.environ.get("CHROMIUM")
+    if named and not shutil.which(named):
+        raise SetupError(f"CHROMIUM names {named}, which is no program. Give a Chromium's path, or unset CHROMIUM.")
+    return next(filter(None, map(shutil.which, [named] if named else CHROMIUM_NAMES)), None)
+
+
+def browser_lacks(made: Environment) -> str | None:
+    """What the browser tests lack, with the way to get it; None when they can run.
+
+    SetupError instead when MEDSTEER_BROWSER=required is set, so that no browser test is left out unnoticed.
+    """
+    lacks = None
+    if not chromium():
+        lacks = "no Chromium was found (Debian: apt install chromium; elsewhere set CHROMIUM to its path)"
+    elif subprocess.run([made.python, "-c", "import playwright"], capture_output=True, check=False).returncode:
+        lacks = f"{made.python} lacks playwright (install it there; it needs no browser of its own)"
+    if lacks and os.environ.get("MEDSTEER_BROWSER") == "required":
+        raise SetupError(f"MEDSTEER_BROWSER=required is set, but {lacks}.")
+    return lacks
+
+
+def run_child(command: list[str], made: Environment, **variables: str) -> int:
     """Run a command of the environment in the checkout and return its status; it ends whenever this program does."""
-    variables = {**os.environ, "COMFYUI_PATH": str(made.comfyui)}
+    variables = {**os.environ, "COMFYUI_PATH": str(made.comfyui), **variables}
     process = subprocess.Popen(command, cwd=ROOT, env=variables)
     try:
         return process.wait()
@@ -235,19 +259,32 @@ def command_demo(arguments: argparse.Namespace) -> int:
 
 def command_test(arguments: argparse.Namespace) -> int:
     made = environment("test")
+    lacks = browser_lacks(made)
+    variables = {} if lacks else {"CHROMIUM": chromium()}
     statuses = [run_child([made.python, "-m", "ruff", "check", "."], made)]
-    for suite in suites(arguments.rest):
-        statuses.append(run_child([made.python, "-m", "pytest", *suite, *arguments.rest], made))
+    for suite in suites(arguments.rest, browser=not lacks):
+        statuses.append(run_child([made.python, "-m", "pytest", *suite, *arguments.rest], made, **variables))
+    if lacks:
+        print(f"NOT RUN: the browser tests: {lacks}", flush=True)
     return overall_status(statuses[0], statuses[1:])
 
 
-def suites(rest: list[str]) -> list[list[str]]:
-    """The paths of each pytest process: unit tests and host tests apart, or none when the user names paths.
+def command_export(arguments: argparse.Namespace) -> int:
+    made = environment("test")
+    if lacks := browser_lacks(made):
+        raise SetupError(f"the API files are exported by ComfyUI's front end in a browser, but {lacks}.")
+    test = "tests/browser/test_workflow_files.py"
+    words = [test, "-k", "api_file", "--write-api", *arguments.rest]
+    return run_child([made.python, "-m", "pytest", *words], made, CHROMIUM=chromium())
+
+
+def suites(rest: list[str], browser: bool = True) -> list[list[str]]:
+    """The paths of each pytest process: unit, host and browser tests apart, or none when the user names paths.
 
     Apart, because the host tests put ComfyUI's folder first on the module path, and the unit tests must do without it.
     """
     named = [word for word in rest if not word.startswith("-") and (ROOT / word.split("::")[0]).exists()]
-    return [[]] if named else [["tests/unit"], ["tests/host"]]
+    return [[]] if named else [["tests/unit"], ["tests/host"], *([["tests/browser"]] if browser else [])]
 
 
 def overall_status(ruff: int, tests: list[int]) -> int:
@@ -295,7 +332,9 @@ def parser() -> argparse.ArgumentParser:
         return one
 
     command("demo", command_demo, "make a counterfactual pair in output/demo", "the demo")
-    command("test", command_test, "run ruff, the unit tests and the host tests", "pytest")
+    test = "run ruff and the unit, host and browser tests (the last need a Chromium; MEDSTEER_BROWSER=required insists)"
+    command("test", command_test, test, "pytest")
+    command("export", command_export, "write example_workflows/api anew, as ComfyUI's front end exports it", "pytest")
     serve = command("serve", command_serve, "start ComfyUI with the pack for the browser", "ComfyUI")
     serve.add_argument("--port", type=int, help="default: the first free one from 8188")
     serve.add_argument("--listen", default="127.0.0.1", metavar="IP", help="default: %(default)s, this machine only")

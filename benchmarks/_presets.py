@@ -127,7 +127,7 @@ OURS = {
     "removing": replace(_REMOVING, lock="concept map"),
     "removing diffuse": replace(_REMOVING, headline=1.5),
     "adding": Preset(
-        "affine", (0.0, 1.0, 1.5, 2.0, 2.5, 3.0), 2.0, {"focus": 1.5}, rows="positive", start=0.35, noise="same state"
+        "affine", (0.0, 1.0, 1.5, 1.75, 2.0, 2.5), 1.75, {"focus": 1.5}, rows="positive", start=0.35, noise="same state"
     ),
 }
 

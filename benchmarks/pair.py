@@ -43,11 +43,12 @@ from medsteer_core.workflow import Workflow
 FACTUAL = "factual"
 STEERING, REPROMPTING, CONTROL = METHODS = ("steering", "same-seed re-prompting", "strength 0")
 LOAD, EXTRACT, STEER = "MedSteer_LoadEndoPhantom", "MedSteer_ExtractPathologyVector", "MedSteer_Steer"
+PAIRED = "MedSteer_CounterfactualSampler"
 
 
 @dataclass(frozen=True)
 class Shipped:
-    """What the benchmark takes from the example workflow: the nodes before its samplers, and the samplers' settings."""
+    """What the benchmark takes from the example workflow: the nodes before its sampler, and the sampler's settings."""
 
     nodes: Workflow
     load: str
@@ -60,7 +61,7 @@ class Shipped:
     def of(cls, example: Workflow) -> Shipped:
         """Read an example workflow; MedSteerError when it lacks one of the nodes that the benchmark measures."""
         load, extract, steer = (_only(example, name) for name in (LOAD, EXTRACT, STEER))
-        sampler = _only(example, "KSampler", {"model": [steer, 0]})
+        sampler = _only(example, PAIRED, {"model": [steer, 0]})
         sampling = {name: value for name, value in values(example[sampler]["inputs"]).items() if name != "seed"}
         latent = example[example[sampler]["inputs"]["latent_image"][0]]["inputs"]
         nodes = {node_id: example[node_id] for node_id in _upstream(example, steer)}
@@ -88,24 +89,26 @@ class Shipped:
             off: node(STEER, f"steer at {CONTROL}", {**steering, "operator.strength": 0.0}),
             batch: node("EmptyLatentImage", "batch", {"width": width, "height": height, "batch_size": count}),
         }
+        # A plain sampler gives an image, the shipped sampler a pair: its second output is the steered one.
+        plain = {name: self.sampling[name] for name in ("steps", "cfg", "sampler_name", "scheduler")} | {"denoise": 1.0}
         arms = {
-            FACTUAL: (self.load, "present"),
-            STEERING: (self.steer, "present"),
-            REPROMPTING: (self.load, "absent"),
-            CONTROL: (off, "present"),
+            FACTUAL: (self.load, "present", "KSampler", plain, 0),
+            STEERING: (self.steer, "present", PAIRED, self.sampling, 1),
+            REPROMPTING: (self.load, "absent", "KSampler", plain, 0),
+            CONTROL: (off, "present", PAIRED, self.sampling, 1),
         }
-        for number, (name, (model, prompt)) in enumerate(arms.items()):
+        for number, (name, (model, prompt, sampler, settings, output)) in enumerate(arms.items()):
             sample, decode, image = (str(110 + 10 * number + i) for i in range(3))
             inputs = {
-                **self.sampling,
+                **settings,
                 "seed": seed,
                 "model": [model, 0],
                 "positive": self.extraction[prompt],
                 "negative": self.extraction["negative"],
                 "latent_image": [batch, 0],
             }
-            nodes[sample] = node("KSampler", f"sample {name}", inputs)
-            nodes[decode] = node("VAEDecode", f"decode {name}", {"samples": [sample, 0], "vae": [self.load, 2]})
+            nodes[sample] = node(sampler, f"sample {name}", inputs)
+            nodes[decode] = node("VAEDecode", f"decode {name}", {"samples": [sample, output], "vae": [self.load, 2]})
             nodes[image] = node("PreviewImage", name, {"images": [decode, 0]})
         return nodes
 
@@ -124,9 +127,9 @@ class Batch:
         return cls(seed, images, dict(result.node_seconds))
 
     def seconds_per_pair(self, method: str) -> float:
-        """Sampling of one factual and its counterfactual."""
-        both = sum(self.seconds[f"sample {name}"] for name in (FACTUAL, method))
-        return both / len(self.images[FACTUAL])
+        """Sampling of one factual and its counterfactual; the paired sampler makes both."""
+        runs = (FACTUAL, method) if method == REPROMPTING else (method,)
+        return sum(self.seconds[f"sample {name}"] for name in runs) / len(self.images[FACTUAL])
 
 
 def main(words: list[str]) -> int:

@@ -71,11 +71,11 @@ class ExtractPathologyVector(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "noise",
-                    options=[extraction.PAIRED, extraction.UNPAIRED, extraction.SAME_STATE],
-                    default=extraction.PAIRED,
+                    options=[extraction.SAME_STATE, extraction.PAIRED, extraction.UNPAIRED],
+                    default=extraction.SAME_STATE,
                     tooltip=(
-                        "paired: both prompts start from the same noise. unpaired: from other noise (the paper). "
-                        "same state: both prompts at every state, for the operator affine."
+                        "same state: both prompts at every state, for the operator affine. paired: both prompts start "
+                        "from the same noise. unpaired: from other noise (the paper)."
                     ),
                 ),
                 io.Sampler.Input("sampler", optional=True, tooltip="Overrides sampler_name."),

@@ -41,6 +41,28 @@ class Steer(io.ComfyNode):
                     "operator",
                     options=[
                         io.DynamicCombo.Option(
+                            "affine",
+                            [
+                                _strength(
+                                    2.0,
+                                    "0 changes nothing, 1 gives what the absent prompt would, beyond exaggerates; 2 "
+                                    "makes up for focus. Wants a vector with noise 'same state'.",
+                                ),
+                                io.Float.Input(
+                                    "focus",
+                                    default=1.0,
+                                    min=0.0,
+                                    max=10.0,
+                                    step=0.1,
+                                    tooltip=(
+                                        "0 steers every token. Higher spares those in which little would change; 1 "
+                                        "suits taking a finding away, 1.5 adding one."
+                                    ),
+                                ),
+                                _keep_norm(False),
+                            ],
+                        ),
+                        io.DynamicCombo.Option(
                             "suppress",
                             [
                                 _strength(
@@ -59,28 +81,6 @@ class Steer(io.ComfyNode):
                                     options=["present", "absent"],
                                     default="present",
                                     tooltip="present adds the finding, absent takes it away.",
-                                ),
-                                _keep_norm(False),
-                            ],
-                        ),
-                        io.DynamicCombo.Option(
-                            "affine",
-                            [
-                                _strength(
-                                    1.0,
-                                    "0 changes nothing, 1 gives what the absent prompt would, beyond exaggerates. "
-                                    "Wants a vector with noise 'same state'; rows positive suits it best.",
-                                ),
-                                io.Float.Input(
-                                    "focus",
-                                    default=0.0,
-                                    min=0.0,
-                                    max=10.0,
-                                    step=0.1,
-                                    tooltip=(
-                                        "0 steers every token. Higher spares those in which little would change; 2 "
-                                        "suits a focal finding, with a higher strength."
-                                    ),
                                 ),
                                 _keep_norm(False),
                             ],
@@ -121,11 +121,14 @@ class Steer(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "start_percent",
-                    default=0.0,
+                    default=0.45,
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Where in the denoising steering begins (0 = pure noise).",
+                    tooltip=(
+                        "Where in the denoising steering begins (0 = pure noise). Later keeps more of the image; 0 "
+                        "for a published method."
+                    ),
                 ),
                 io.Float.Input(
                     "end_percent",

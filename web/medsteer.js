@@ -4,7 +4,7 @@ import { app } from "../../scripts/app.js";
 const PROPERTY = "medsteer_recipe";
 
 app.registerExtension({
-  name: "MedSteer.VectorRecipe",
+  name: "medsteer.VectorRecipe",
   beforeRegisterNodeDef(nodeType, nodeData) {
     if (!nodeData.name.startsWith("MedSteer_")) return;
     const onExecuted = nodeType.prototype.onExecuted;

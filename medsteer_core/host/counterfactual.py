@@ -155,6 +155,8 @@ class _Run:
             raise MedSteerError("Masks and locks work for image latents; these are a video's. Set lock to none.")
         if request.mask is not None:
             return mask_for_latent(request.mask, len(self.latents), *self.size), USER
+        if all(steering.operator.is_identity for steering in self.plan.steerings):
+            return torch.zeros(len(self.latents), *self.size, dtype=torch.bool), CONCEPT  # strength 0: the factual
         _, changes = self.sample((SteeringPlan(),), None)
         if not changes.seen:
             raise MedSteerError("There is no concept map: the steering changes nothing here. Give a mask instead.")

@@ -67,6 +67,11 @@ def steer(
     note += f"{operator} at {len(chosen)} of {len(vector.site_names)} sites, rows {steering.rows}"
     if preset == CUSTOM and has_auto(sites):
         note += f"; auto took those with an AUROC of {AUTO_THRESHOLD:g} or more at unseen samples"
+    if preset != CUSTOM and (start_percent, end_percent) != (0.0, 1.0):
+        note += (
+            f"\nNote: steers from {start_percent:g} to {end_percent:g} of the denoising; the published method steers "
+            "all of it (0 to 1)."
+        )
     if curve != CONSTANT:
         note += f", strength curve {curve}"
     if mask is not None:

@@ -272,3 +272,56 @@ def test_an_interrupted_steered_run_leaves_the_model_unsteered(comfy):
     nodes = graph()
     nodes["2"]["inputs"]["text"] += " ;"
     assert (comfy.run(with_images(nodes, image=PLAIN)).pixels("image") == before).all()
+
+
+def defaults(info: dict, name: str) -> dict:
+    """What a node has in its widgets when it is dropped on the canvas; of a list of choices the first."""
+    values = {}
+    for inputs in (info[name]["input"].get(kind, {}) for kind in ("required", "optional")):
+        for key, (kind, *options) in inputs.items():
+            options = options[0] if options else {}
+            if kind == "COMFY_DYNAMICCOMBO_V3":
+                chosen = options["options"][0]
+                values[key] = chosen["key"]
+                nested = [*chosen["inputs"].get("required", {}).items(), *chosen["inputs"].get("optional", {}).items()]
+                values |= {f"{key}.{inner}": about[1]["default"] for inner, about in nested}
+            elif "default" in options:
+                values[key] = options["default"]
+            elif kind == "COMBO" and options.get("options"):
+                values[key] = options["options"][0]
+    return values
+
+
+def test_a_fresh_graph_of_defaults_takes_the_finding_away(comfy):
+    """Nothing but the prompts and the links is set; fewer samples than the default, to be quick."""
+    info = comfy.object_info()
+    nodes = {i: copy.deepcopy(EXAMPLE[i]) for i in "1234"}
+    model, conds = ["1", 0], {"negative": ["4", 0], "latent_image": ["50", 0]}
+    nodes["50"] = node("EmptyLatentImage", width=128, height=128, batch_size=1)
+
+    def fresh(name, **links):
+        return node(name, name, **{**defaults(info, name), **links})
+
+    nodes["6"] = fresh(
+        "MedSteer_ExtractPathologyVector", model=model, present=["2", 0], absent=["3", 0], **conds, samples=4
+    )
+    nodes["7"] = fresh("MedSteer_Steer", model=model, vector=["6", 0])
+    nodes["8"] = fresh("MedSteer_CounterfactualSampler", model=["7", 0], positive=["2", 0], **conds)
+    for place, title in enumerate(("factual", "counterfactual")):
+        nodes[f"9{place}"] = node("VAEDecode", samples=["8", place], vae=["1", 2])
+        nodes[f"10{place}"] = node("PreviewImage", title, images=[f"9{place}", 0])
+    result = comfy.run(nodes)
+    images = [
+        torch.from_numpy(result.pixels(title)[0]).movedim(-1, 0).float() / 255
+        for title in ("factual", "counterfactual")
+    ]
+    assert score_pair(*images, "polyps", "normal cecum").flipped
+
+
+def test_a_preset_outside_its_own_window_says_so(comfy):
+    for start, said in ((0.0, False), (0.3, True)):
+        nodes = graph()
+        link = steer(nodes, "8", preset="MedSteer (paper)", start_percent=start)
+        nodes["8"]["_meta"]["title"] = "paper"
+        text = comfy.run(with_images(nodes, image=link)).text("paper")
+        assert ("the published method steers" in text) is said

@@ -23,8 +23,9 @@ def test_the_pair_benchmark_measures_the_shipped_defaults():
 
 def test_every_method_starts_from_the_same_noise_and_settings():
     nodes = pair.Shipped.of(EXAMPLE).workflow(seed=2000, count=3).values()
-    samplers = [n["inputs"] for n in nodes if n["class_type"] == "KSampler"]
-    assert len(samplers) == 4
+    kinds = {"KSampler": 2, "MedSteer_CounterfactualSampler": 2}
+    assert {kind: sum(n["class_type"] == kind for n in nodes) for kind in kinds} == kinds
+    samplers = [n["inputs"] for n in nodes if n["class_type"] in kinds]
     for name in ("seed", "steps", "cfg", "sampler_name", "scheduler", "latent_image", "negative"):
         assert len({json.dumps(inputs[name]) for inputs in samplers}) == 1, name
     assert sorted(json.dumps(inputs["positive"]) for inputs in samplers).count('["2", 0]') == 3

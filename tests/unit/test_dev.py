@@ -183,9 +183,64 @@ def test_the_status_of_test_is_bad_when_any_part_is(dev, ruff, tests, status):
     assert dev.overall_status(ruff, tests) == status
 
 
-def test_unit_and_host_tests_run_apart_unless_paths_are_named(dev):
-    assert dev.suites(["-k", "steer"]) == [["tests/unit"], ["tests/host"]]
+def test_unit_host_and_browser_tests_run_apart_unless_paths_are_named(dev):
+    assert dev.suites(["-k", "steer"]) == [["tests/unit"], ["tests/host"], ["tests/browser"]]
+    assert dev.suites(["-k", "steer"], browser=False) == [["tests/unit"], ["tests/host"]]
     assert dev.suites(["tests/unit/test_dev.py::test_x"]) == [[]]
+
+
+@pytest.fixture
+def only_path(monkeypatch, tmp_path):
+    """A PATH with nothing but an empty folder, and no variable that says anything about a browser."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("PATHEXT", ".exe")
+    monkeypatch.delenv("CHROMIUM", raising=False)
+    monkeypatch.delenv("MEDSTEER_BROWSER", raising=False)
+    return tmp_path
+
+
+def program(path):
+    path = path.with_suffix(".exe") if sys.platform == "win32" else path
+    path.write_text("")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_the_chromium_is_what_the_variable_names_else_the_first_on_the_path(dev, monkeypatch, only_path):
+    assert dev.chromium() is None
+    chrome = program(only_path / "google-chrome")
+    assert dev.chromium() == chrome
+    chromium = program(only_path / "chromium")
+    assert dev.chromium() == chromium
+    monkeypatch.setenv("CHROMIUM", chrome)
+    assert dev.chromium() == chrome
+    monkeypatch.setenv("CHROMIUM", str(only_path / "gone"))
+    with pytest.raises(dev.SetupError, match="CHROMIUM names .*gone, which is no program"):
+        dev.chromium()
+
+
+def test_without_a_chromium_the_browser_tests_are_left_out_and_that_is_said(dev, monkeypatch, capsys, only_path):
+    ran = []
+    monkeypatch.setattr(dev, "environment", lambda command: dev.Environment(sys.executable, dev.ROOT))
+    monkeypatch.setattr(dev, "run_child", lambda command, made, **variables: ran.append((command[3:], variables)) or 0)
+    assert dev.main(["test"]) == 0
+    assert ran == [(["check", "."], {}), (["tests/unit"], {}), (["tests/host"], {})]
+    assert "NOT RUN: the browser tests: no Chromium was found" in capsys.readouterr().out
+    chromium = program(only_path / "chromium")
+    monkeypatch.setattr(dev, "browser_lacks", lambda made: None)
+    assert dev.main(["test"]) == 0
+    assert ran[-1] == (["tests/browser"], {"CHROMIUM": chromium})
+    assert "NOT RUN" not in capsys.readouterr().out
+
+
+def test_a_required_browser_that_is_missing_is_a_failure_and_nothing_runs(dev, monkeypatch, capsys, only_path):
+    monkeypatch.setattr(dev, "environment", lambda command: dev.Environment(sys.executable, dev.ROOT))
+    monkeypatch.setattr(dev, "run_child", None)
+    assert dev.main(["export"]) == 1
+    assert "exported by ComfyUI's front end in a browser, but no Chromium was found" in capsys.readouterr().err
+    monkeypatch.setenv("MEDSTEER_BROWSER", "required")
+    assert dev.main(["test"]) == 1
+    assert "MEDSTEER_BROWSER=required is set, but no Chromium was found" in capsys.readouterr().err
 
 
 def test_words_that_dev_does_not_know_are_passed_on(dev, monkeypatch):

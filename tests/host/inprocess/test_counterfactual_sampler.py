@@ -61,6 +61,16 @@ def test_in_float32_as_well(pixart):
     assert close(pair.factual, separate(pixart)) and close(pair.counterfactual, separate(steered))
 
 
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "dpmpp_2m_sde"])
+def test_strength_zero_under_a_lock_is_bit_identical_too(pixart, sampler):
+    """There is no concept map, since nothing would change; so nothing may."""
+    steered = tiny.steered(pixart, tiny.vector(pixart), operator="suppress", strength=0.0)
+    pair = sample_pair(steered, request(steered, sampler=sampler, lock=CONCEPT))
+    plain = sample_pair(steered, request(steered, sampler=sampler))
+    assert torch.equal(pair.factual, pair.counterfactual) and torch.equal(pair.factual, plain.factual)
+    assert pair.mask_source == CONCEPT and not pair.mask.any() and not pair.concept_map.any()
+
+
 def test_strength_zero_is_bit_identical_to_the_factual(pixart):
     steered = tiny.steered(pixart, tiny.vector(pixart), operator="suppress", strength=0.0)
     pair = sample_pair(steered, request(steered))

@@ -1,0 +1,77 @@
+"""Browser tests: the pack in ComfyUI's real front end, in a Chromium with a fresh profile for every test.
+
+`python dev.py test` finds the Chromium and names it in CHROMIUM; without one these tests are skipped, unless
+MEDSTEER_BROWSER=required makes that a failure. Screenshots go to output/browser. `python dev.py export` writes the
+files of example_workflows/api with the same front end (`--write-api`); they are never written by hand.
+"""
+
+import json
+import os
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from medsteer_core.server import ComfyServer, comfyui_from_environment, signals_as_interrupt
+
+# For `import frontend`; at the end, so that it hides nothing.
+sys.path.append(str(Path(__file__).parent))
+
+import frontend  # noqa: E402
+
+
+def pytest_addoption(parser):
+    parser.addoption("--write-api", action="store_true", help="write example_workflows/api anew")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _clean_end() -> Iterator[None]:
+    """SIGTERM ends the tests as Ctrl-C does, so no server and no browser outlives them."""
+    with signals_as_interrupt():
+        yield
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """The Chromium that CHROMIUM names."""
+    path = os.environ.get("CHROMIUM")
+    if not path:
+        reason = "CHROMIUM names no browser; `python dev.py test` looks for one"
+        (pytest.fail if os.environ.get("MEDSTEER_BROWSER") == "required" else pytest.skip)(reason)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=frontend.FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="session")
+def comfy_server(checkout, browser) -> Iterator[ComfyServer]:
+    """A running server with this checkout as its only custom node, on the CPU."""
+    with ComfyServer(comfyui_from_environment(), checkout, cpu=True) as server:
+        yield server
+
+
+def set_settings(address: str) -> None:
+    """Give the server the settings of `frontend`: it keeps them for all browsers, with what a test before changed."""
+    body = json.dumps(frontend.SETTINGS).encode()
+    request = urllib.request.Request(address + "/api/settings", body, {"Content-Type": "application/json"})
+    urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30).close()
+
+
+@pytest.fixture
+def front(browser, comfy_server, checkout) -> Iterator[frontend.FrontEnd]:
+    """The front end with an empty graph, in a fresh profile."""
+    pictures = checkout / "output" / "browser"
+    pictures.mkdir(parents=True, exist_ok=True)
+    set_settings(comfy_server.address)
+    context = browser.new_context(viewport=frontend.WINDOW)
+    try:
+        front = frontend.FrontEnd(context.new_page(), comfy_server.address, pictures)
+        front.start()
+        yield front
+    finally:
+        context.close()
