@@ -44,9 +44,9 @@ class Steer(io.ComfyNode):
                             "affine",
                             [
                                 _strength(
-                                    2.0,
-                                    "0 changes nothing, 1 gives what the absent prompt would, beyond exaggerates; 2 "
-                                    "makes up for focus. Wants a vector with noise 'same state'.",
+                                    1.5,
+                                    "0 changes nothing, 1 gives what the absent prompt would, beyond exaggerates; 1.5 "
+                                    "to 2 make up for focus. Wants a vector with noise 'same state'.",
                                 ),
                                 io.Float.Input(
                                     "focus",
