@@ -41,7 +41,7 @@ def folders(tmp_path, monkeypatch):
 def run(node, *arguments, **more):
     """What a node gives: its outputs, and last the text that it shows."""
     output = node.PREPARE_CLASS_CLONE(None).execute(*arguments, **more)
-    return (*(output.result or ()), output.ui.as_dict()["text"][0])
+    return (*(output.result or ()), (output.ui if isinstance(output.ui, dict) else output.ui.as_dict())["text"][0])
 
 
 def directions(steps=STEPS, blocks=tiny.DEPTH, width=tiny.WIDTH):

@@ -196,8 +196,8 @@ def both_vectors(model, transformer):
     """noise mode -> (the reference's directions (S, blocks, C), the pack's vector)."""
 
     @torch.no_grad()
-    def make(mode, first_absent):
-        noises = noise(SEED, range(SEEDS)), noise(SEED, range(first_absent, first_absent + SEEDS))
+    def make(mode, present, absent):
+        noises = noise(SEED, present), noise(SEED, absent)
         reference = extract_reference(transformer, PRESENT, ABSENT, UNCOND, noises)
         latent = {"samples": torch.zeros(1, 4, 16, 16)}
         request = extraction.Request(
@@ -205,7 +205,8 @@ def both_vectors(model, transformer):
         )
         return reference, extraction.extract(model, request)
 
-    return {"unpaired": make("unpaired", SEEDS), "paired": make("paired", 0)}
+    unpaired = range(0, 2 * SEEDS, 2), range(1, 2 * SEEDS, 2)
+    return {"unpaired": make("unpaired", *unpaired), "paired": make("paired", range(SEEDS), range(SEEDS))}
 
 
 MODES = {"MedSteer (paper)": "unpaired", "PolypSteer": "paired"}  # how each method extracts
