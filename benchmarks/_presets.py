@@ -6,8 +6,9 @@ that are reported come from the test seeds, which no choice has seen.
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -56,6 +57,17 @@ PAIRS = (
     Pair("dyed lifted polyps", "polyps"),
     Pair("normal cecum", "polyps"),
 )
+
+
+def check_pairs(
+    options: argparse.ArgumentParser, names: Collection[str] | None, known: Sequence[Pair] = PAIRS, kind: str = "pair"
+) -> None:
+    """End with a usage error when ``--pairs`` names what is not among the known pairs."""
+    if unknown := set(names or ()) - {pair.name for pair in known}:
+        there = "; ".join(pair.name for pair in known)
+        options.error(f"no {kind} {', '.join(sorted(unknown))}; there are: {there}")
+
+
 # Whose vector steers in the control "other_vector": a finding of another kind.
 OTHER = {
     PAIRS[0]: PAIRS[2],

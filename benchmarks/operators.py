@@ -49,8 +49,7 @@ def main(words: list[str]) -> int:
         options.error(f"--n wants 1 to {_presets.MOST}")
     if chosen.split != SPLIT:
         options.error(f"--split wants {SPLIT}: defaults are chosen here, and nothing may be chosen on the test seeds")
-    if unknown := set(chosen.pairs or ()) - {pair.name for pair in PAIRS}:
-        options.error(f"no pair {', '.join(sorted(unknown))}; there are: {'; '.join(pair.name for pair in PAIRS)}")
+    _presets.check_pairs(options, chosen.pairs)
     record = finish(name_of(chosen), chosen, run, table)
     return record if isinstance(record, int) else 0
 

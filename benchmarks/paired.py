@@ -75,7 +75,7 @@ def one_window(lab: Lab, vector: Any, start: int, batch: int, repeats: int) -> d
     def together() -> None:
         counterfactual.sample_pair(steered, request)
 
-    separate_rows, paired_rows = rows_of(lab, separate), rows_of(lab, together)
+    separate_rows, paired_rows = rows_of(lab.model, separate), rows_of(lab.model, together)
     times: dict[str, list[float]] = {"separate": [], "paired": []}
     for _ in range(repeats):
         for name, way in (("separate", separate), ("paired", together)):
@@ -100,10 +100,10 @@ def seconds(way: Callable[[], None]) -> float:
     return time.perf_counter() - begun
 
 
-def rows_of(lab: Lab, way: Callable[[], None]) -> int:
+def rows_of(model: Any, way: Callable[[], None]) -> int:
     """Images times conditionings that the network is given meanwhile."""
     counted: list[int] = []
-    hook = lab.model.model.diffusion_model.register_forward_pre_hook(
+    hook = model.model.diffusion_model.register_forward_pre_hook(
         lambda _module, args, kwargs: counted.append((args[0] if args else kwargs["x"]).shape[0]), with_kwargs=True
     )
     try:

@@ -55,8 +55,7 @@ def main(words: list[str]) -> int:
         options.error("--n-curve wants 1 or more")
     if chosen.preset and chosen.split != "development":
         options.error("--preset is for --split development: nothing may be chosen on the test seeds")
-    if unknown := set(chosen.pairs or ()) - {pair.name for pair in PAIRS}:
-        options.error(f"no pair {', '.join(sorted(unknown))}; there are: {'; '.join(pair.name for pair in PAIRS)}")
+    _presets.check_pairs(options, chosen.pairs)
     record = finish(name_of(chosen), chosen, run, table)
     return record if isinstance(record, int) else 0
 

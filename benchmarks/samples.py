@@ -28,7 +28,7 @@ from torch import Tensor
 from benchmarks import _stability
 from benchmarks._lab import Lab, comfyui_version, start_comfyui
 from benchmarks._methods import steered
-from benchmarks._presets import PAIRS, SPLITS, Pair, Preset, Presets
+from benchmarks._presets import PAIRS, SPLITS, Pair, Preset, Presets, check_pairs
 from benchmarks._record import machine
 from benchmarks._samples_plot import RECOMMENDED, plot
 from benchmarks._shared import aligned, check_scoring, common_options, finish, with_interval
@@ -82,8 +82,7 @@ def main(words: list[str]) -> int:
     chosen = options.parse_args(words)
     if not 1 <= chosen.n <= MOST_IMAGES or not all(1 <= count <= MOST_SAMPLES for count in chosen.counts):
         options.error(f"--n wants 1 to {MOST_IMAGES}, --counts 1 to {MOST_SAMPLES}")
-    if unknown := set(chosen.pairs) - {pair.name for pair in PAIRS}:
-        options.error(f"no pair {', '.join(sorted(unknown))}; there are: {'; '.join(pair.name for pair in PAIRS)}")
+    check_pairs(options, chosen.pairs)
     chosen.counts = sorted(set(chosen.counts))
     record = finish(name_of(chosen), chosen, run, table)
     return record if isinstance(record, int) else 0

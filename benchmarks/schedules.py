@@ -78,9 +78,7 @@ def main(words: list[str]) -> int:
     chosen = options.parse_args(words)
     if not 1 <= chosen.n <= _presets.MOST:
         options.error(f"--n wants 1 to {_presets.MOST}")
-    if unknown := set(chosen.pairs or ()) - {pair.name for pair in REMOVALS}:
-        names = "; ".join(pair.name for pair in REMOVALS)
-        options.error(f"no removal {', '.join(sorted(unknown))}; there are: {names}")
+    _presets.check_pairs(options, chosen.pairs, REMOVALS, "removal")
     record = finish(name_of(chosen), chosen, run, table)
     return record if isinstance(record, int) else 0
 

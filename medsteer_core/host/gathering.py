@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import comfy.utils
 import latent_preview
@@ -87,6 +88,17 @@ class Gathering:
             if checkpoint is not None:
                 checkpoint.close(done.images, state)
 
+    @cached_property
+    def _shared_facts(self) -> dict[str, Any]:
+        """What is the same for both prompts: read once, since it looks at every weight. Raises Indescribable."""
+        return {
+            "negative": plain(self.request.negative),
+            "contexts": self._contexts,
+            "cfg": self.request.cfg,
+            **schedule_facts(self.request.schedule),
+            "model": model_facts(self.model),
+        }
+
     def _checkpoint(self, name: str, prompts: list, images: range) -> Checkpoint | None:
         request = self.request
         if request.store is None:
@@ -95,12 +107,8 @@ class Gathering:
             facts = {
                 "kind": "same state" if len(prompts) > 1 else "one prompt",
                 "prompts": plain(prompts),
-                "negative": plain(request.negative),
                 "noise": [request.seed, images.start, images.step, list(self._latent.shape)],
-                "contexts": self._contexts,
-                "cfg": request.cfg,
-                **schedule_facts(request.schedule),
-                "model": model_facts(self.model),
+                **self._shared_facts,
             }
         except Indescribable as why:
             self._tell(f"{name}: samples are not kept for another time, since {why}")

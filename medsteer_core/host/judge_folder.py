@@ -10,7 +10,7 @@ from ..errors import MedSteerError
 from ..evaluate import embedded_judges
 from ..judge import Judge
 from ..judge_files import SUFFIXES, load_judge
-from .vector_folder import FOLDER
+from .vector_folder import FOLDER, JUDGES
 
 EMBEDDED, NONE = "EndoPhantom", "none"
 
@@ -26,7 +26,7 @@ def problem(name: str) -> str:
         return ""
     return (
         f"There is no judge '{name}'; one of these was expected: {', '.join(names())}. Put a judge's folder into "
-        f"models/{FOLDER}/judges and refresh the list (R)."
+        f"models/{FOLDER}/{JUDGES} and refresh the list (R)."
     )
 
 
@@ -51,7 +51,7 @@ def state(name: str) -> str:
 def _found() -> dict[str, Path]:
     roots = folder_paths.get_folder_paths(FOLDER) if FOLDER in folder_paths.folder_names_and_paths else []
     found: dict[str, Path] = {}
-    for root in (Path(root) / "judges" for root in roots):
+    for root in (Path(root) / JUDGES for root in roots):
         for path in sorted(root.iterdir()) if root.is_dir() else []:
             weights = path.suffix in SUFFIXES and path.with_suffix(".json").is_file()
             if weights or (path / "judge.json").is_file():

@@ -18,21 +18,16 @@ ALWAYS = ("__init__.py", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md
 def archived(checkout):
     """The files of the archive, as the publisher's tool picks them: committed or about to be, and not ignored."""
 
-    def listed(*options):
-        command = ["git", "-C", str(checkout), "ls-files", "-co", "--exclude-standard", *options]
-        return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines())
-
     if not (checkout / ".git").exists():
         pytest.skip("no git clone: which files belong to the repository is not known")
-    ignored = subprocess.run(
-        ["git", "-C", str(checkout), "ls-files", "-ci", "-X", str(checkout / ".comfyignore")],
-        capture_output=True, text=True, check=True,
-    ).stdout.splitlines()  # fmt: skip
-    untracked = subprocess.run(
-        ["git", "-C", str(checkout), "ls-files", "-oi", "-X", str(checkout / ".comfyignore")],
-        capture_output=True, text=True, check=True,
-    ).stdout.splitlines()  # fmt: skip
-    return sorted(name for name in listed() - set(ignored) - set(untracked) if (checkout / name).is_file())
+
+    def listed(*options):
+        command = ["git", "-C", str(checkout), "ls-files", *options]
+        return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines())
+
+    ignoring = "-i", "-X", str(checkout / ".comfyignore")  # of one kind of files at a time
+    picked = listed("-co", "--exclude-standard") - listed("-c", *ignoring) - listed("-o", *ignoring)
+    return sorted(name for name in picked if (checkout / name).is_file())
 
 
 def test_it_is_small_and_has_no_part_that_only_developers_need(checkout, archived):

@@ -18,6 +18,8 @@ from medsteer_pack.medsteer_core.schedule import SigmaWindow
 from medsteer_pack.medsteer_core.token_map import TokenChange, mask_for_latent, threshold_mask, to_pixels, token_grid
 from medsteer_pack.nodes.sampler import CounterfactualSampler
 
+from benchmarks.paired import rows_of
+
 DETERMINISTIC = ["euler", "heun", "dpm_2", "lms", "dpmpp_2m", "uni_pc", "ipndm", "deis", "res_multistep", "ddim"]
 STOCHASTIC = ["euler_ancestral", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_sde_gpu", "dpmpp_2m_sde",
               "dpmpp_3m_sde", "ddpm", "lcm", "er_sde", "seeds_2", "sa_solver"]  # fmt: skip
@@ -97,27 +99,14 @@ def test_chained_steerings_and_named_rows(double):
     assert close(pair.factual, separate(double)) and close(pair.counterfactual, separate(steered))
 
 
-def rows_evaluated(model, run):
-    """Rows (images x conditionings) that the network was given while ``run()`` ran."""
-    rows = []
-    hook = model.model.diffusion_model.register_forward_pre_hook(
-        lambda _module, args, kwargs: rows.append((args[0] if args else kwargs["x"]).shape[0]), with_kwargs=True
-    )
-    try:
-        run()
-    finally:
-        hook.remove()
-    return sum(rows)
-
-
 @pytest.mark.parametrize(("steps_before", "share"), [(0, 1.0), (5, 0.75), (8, 0.6)])
 def test_before_the_window_only_one_half_is_evaluated(pixart, steps_before, share):
     steered = tiny.steered(pixart, tiny.vector(pixart), operator="suppress", strength=2.0)
     sigmas = sampling.schedule(pixart, 10, "euler", "normal").sigmas
     steering = replace(plan_of(steered).steerings[0], window=SigmaWindow(float(sigmas[steps_before]), 0.0))
     steered = patch_steered(pixart, steering)
-    two_runs = 2 * rows_evaluated(pixart, lambda: separate(pixart, steps=10))
-    assert rows_evaluated(pixart, lambda: sample_pair(steered, request(steered, steps=10))) == share * two_runs
+    two_runs = 2 * rows_of(pixart, lambda: separate(pixart, steps=10))
+    assert rows_of(pixart, lambda: sample_pair(steered, request(steered, steps=10))) == share * two_runs
 
 
 def test_the_model_is_left_as_it_was_after_success_error_and_interrupt(pixart, monkeypatch):
