@@ -15,6 +15,7 @@ from benchmarks._lab import BATCH, CFG, Lab
 from benchmarks._presets import Pair, Preset, Presets, Sweep
 from medsteer_core.operators import Operator
 from medsteer_core.pathology_vector import PathologyVector, SiteDirections
+from medsteer_core.random_direction import drawn, normal_weights
 
 METHODS = ("ours", "medsteer", "polypsteer", "reprompt", "sdedit", "ddim_inversion", "pnp")
 CONTROLS = ("random_direction", "strength_0", "other_vector")
@@ -174,10 +175,10 @@ class PushElsewhere(Operator):
     name: ClassVar[str] = "random_direction"
     strength: float = 2.0
 
-    def __call__(self, a: Tensor, step: Any) -> Tensor:
+    def __call__(self, a: Tensor, step: Any, in_place: bool = False) -> Tensor:
         elsewhere = step.projections[0] @ step.directions
-        push = (a @ step.directions[0]).clamp_min(0)
-        return a - self.strength * push[..., None] * elsewhere
+        push = self.strength * (a @ step.directions[0]).clamp_min(0)[..., None] * elsewhere
+        return a.sub_(push) if in_place else a - push
 
 
 @dataclass
@@ -216,22 +217,19 @@ def within_class(lab: Lab, pair: Pair) -> dict[str, Tensor]:
 def with_random_direction(vector: PathologyVector, deviations: Mapping[str, Tensor], draw: int) -> PathologyVector:
     """A vector for `PushElsewhere`: beside each `d` a unit vector drawn from the within-class covariance.
 
-    A sum of the class-centred sample means (``deviations``) with independent standard normal weights is Gaussian with
-    their covariance (times their number), so its direction is such a draw. The weights are the same at every site and
-    step, as the pathology vector's own are of one contrast: independent ones would cancel over the steps.
+    ``deviations`` are the class-centred sample means; the draw is the Random Direction node's.
     """
-    generator = torch.Generator().manual_seed(draw)
-    weights = torch.randn(next(iter(deviations.values())).shape[1], generator=generator)
+    weights = normal_weights(next(iter(deviations.values())).shape[1], draw)
     sites = {name: _beside(site, weights, deviations[name]) for name, site in vector.sites.items()}
     return PathologyVector(sites, vector.sigmas, {**vector.provenance, "random_direction": draw}, vector.flow)
 
 
 def _beside(site: SiteDirections, weights: Tensor, deviations: Tensor) -> SiteDirections:
-    drawn = F.normalize(torch.einsum("n,snc->sc", weights, deviations), dim=-1)
+    control = drawn(deviations, weights)
     direction = site.directions[:, 0]
-    along = (drawn * direction).sum(-1, keepdim=True)
-    across = F.normalize(drawn - along * direction, dim=-1)
-    coordinates = torch.cat([along, (drawn * across).sum(-1, keepdim=True)], dim=1)  # (steps, 2)
+    along = (control * direction).sum(-1, keepdim=True)
+    across = F.normalize(control - along * direction, dim=-1)
+    coordinates = torch.cat([along, (control * across).sum(-1, keepdim=True)], dim=1)  # (steps, 2)
     return SiteDirections(
         directions=torch.stack([direction, across], dim=1),
         gaps=torch.cat([site.gaps, torch.zeros_like(site.gaps)], dim=1),

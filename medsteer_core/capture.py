@@ -49,22 +49,23 @@ class ActivationSums:
         """How many numbers are held on devices."""
         return sum(r.mean.numel() + r.scatter.numel() for site in self._running.values() for r in site.values())
 
-    @torch.no_grad()
     def observe(self, site: str, sigma: float, activation: Tensor) -> None:
         """Count each row of `activation` (rows, tokens, C) as one sample of `site` at `sigma`."""
-        if activation.ndim != 3:
-            raise MedSteerError(
-                f"Site '{site}' gave an activation of shape {tuple(activation.shape)}; (rows, tokens, channels) was "
-                "expected. Its model family is not supported."
-            )
-        if activation.shape[0] == 0:
+        self.observe_means(site, sigma, token_means(site, activation))
+
+    def observe_means(self, site: str, sigma: float, samples: Tensor) -> None:
+        """Count samples whose token means `samples` (rows, C) are, as `token_means` gives them."""
+        count = samples.shape[0]
+        if count == 0:
             return
-        samples = activation.mean(dim=1, dtype=torch.float32)
-        mean = samples.mean(dim=0)
-        batch = _Running(mean, (samples - mean).square().sum(), samples.shape[0])
+        mean = samples[0] if count == 1 else samples.mean(dim=0)
+        scatter = None if count == 1 else (samples - mean).square().sum()
         at_site = self._running.setdefault(site, {})
         key = level_of(at_site, float(sigma))
-        at_site[key] = _merge(site, at_site[key], batch) if key in at_site else batch
+        if key in at_site:
+            at_site[key] = _merge(site, at_site[key], mean, scatter, count)
+        else:
+            at_site[key] = _Running(mean, mean.new_zeros(()) if scatter is None else scatter, count)
 
     def mark(self) -> dict[str, dict[float, _Running]]:
         """Where the sums stand, for `back_to`. It shares their tensors, which are replaced and never changed."""
@@ -123,6 +124,19 @@ class ActivationSums:
         return result
 
 
+def token_means(site: str, activation: Tensor) -> Tensor:
+    """The mean over the tokens of each row of `activation` (rows, tokens, C), float32 (rows, C), without gradient.
+
+    Raises MedSteerError for an activation of another form.
+    """
+    if activation.ndim != 3:
+        raise MedSteerError(
+            f"Site '{site}' gave an activation of shape {tuple(activation.shape)}; (rows, tokens, channels) was "
+            "expected. Its model family is not supported."
+        )
+    return activation.detach().mean(dim=1, dtype=torch.float32)
+
+
 def level_of(known: Collection[float], sigma: float) -> float:
     """The sigma under which this one is kept: samplers compute the same noise level with different rounding."""
     if sigma in known:
@@ -130,23 +144,26 @@ def level_of(known: Collection[float], sigma: float) -> float:
     return next((other for other in known if abs(other - sigma) <= SIGMA_RTOL * max(other, sigma)), sigma)
 
 
-def _merge(site: str, old: _Running, new: _Running) -> _Running:
-    """Two groups' mean and scatter as one group's (Chan, Golub and LeVeque 1979).
+def _merge(site: str, old: _Running, new_mean: Tensor, new_scatter: Tensor | None, new_count: int) -> _Running:
+    """Two groups' mean and scatter (None: 0) as one group's (Chan, Golub and LeVeque 1979).
 
     Unlike sums of squares it does not cancel when the mean is long and the spread small. Out of place: a tensor made
     in inference mode may not be changed outside it.
     """
-    if old.mean.shape != new.mean.shape:
+    if old.mean.shape != new_mean.shape:
         raise MedSteerError(
-            f"Site '{site}' gave {new.mean.shape[0]} channels after {old.mean.shape[0]}; one width was expected. "
+            f"Site '{site}' gave {new_mean.shape[0]} channels after {old.mean.shape[0]}; one width was expected. "
             "Observe one model at a time."
         )
-    count = old.count + new.count
-    mean = old.mean.to(new.mean.device)  # elsewhere only once, after the sums came from a file
-    difference = new.mean - mean
-    between = difference.square().sum() * (old.count * new.count / count)
-    scatter = old.scatter.to(new.scatter.device) + new.scatter + between
-    return _Running(mean + difference * (new.count / count), scatter, count)
+    count = old.count + new_count
+    mean, scatter = old.mean, old.scatter
+    if mean.device != new_mean.device:  # only once, after the sums came from a file
+        mean, scatter = mean.to(new_mean.device), scatter.to(new_mean.device)
+    difference = new_mean - mean
+    scatter = torch.add(scatter, difference.dot(difference), alpha=old.count * new_count / count)
+    if new_scatter is not None:
+        scatter = scatter + new_scatter
+    return _Running(torch.add(mean, difference, alpha=new_count / count), scatter, count)
 
 
 def _to_host(everything: list[_Running]) -> dict[int, tuple[Tensor, Tensor]]:

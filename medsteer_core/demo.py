@@ -19,9 +19,11 @@ from typing import Any
 
 from .client import ComfyClient, Result
 from .errors import MedSteerError
+from .overrides import read_workflow, with_seed
+from .progress_line import ProgressLine
 from .server import ComfyServer, ServerError, comfyui_from_environment
 from .whole_file import write_whole
-from .workflow import Progress, Workflow, WorkflowError, node_title
+from .workflow import Workflow, WorkflowError, node_title
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOW = ROOT / "example_workflows" / "api" / "counterfactual_pair.json"
@@ -85,29 +87,6 @@ def run_demo(workflow: Workflow, output: Path, cpu: bool | None) -> dict[str, An
         write_whole(output / f"{name}.png", data)
     write_whole(output / "report.json", json.dumps(report, indent=2, ensure_ascii=False).encode())
     return report
-
-
-def read_workflow(path: Path) -> Workflow:
-    """A workflow file in API format; WorkflowError when it is none."""
-    try:
-        workflow = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise WorkflowError(f"{path} is not JSON: {error}") from None
-    if not isinstance(workflow, dict) or not all(isinstance(n, dict) and "class_type" in n for n in workflow.values()):
-        raise WorkflowError(f"{path} is no workflow in API format (in ComfyUI: Workflow, Export (API)).")
-    return workflow
-
-
-def with_seed(workflow: Workflow, seed: int | None) -> Workflow:
-    """A copy of the workflow whose samplers use `seed`; the extraction's own seed stays."""
-    if seed is None:
-        return workflow
-    copy = json.loads(json.dumps(workflow))
-    for node in copy.values():
-        for name in ("seed", "noise_seed"):
-            if "Sampler" in node["class_type"] or node["class_type"] == "RandomNoise":
-                node["inputs"] |= {name: seed} if name in node["inputs"] else {}
-    return copy
 
 
 def workflow_facts(workflow: Workflow) -> dict[str, Any]:
@@ -231,28 +210,6 @@ def verdict(scores: Mapping[str, Any]) -> str:
     else:
         missed = "the factual image is unlike any render"
     return f"WARNING: the judge sees {seen}: {missed}. Try another --seed."
-
-
-class ProgressLine:
-    """One line that moves on a terminal; elsewhere a line for each node."""
-
-    def __init__(self, terminal: bool | None = None):
-        self.terminal = sys.stdout.isatty() if terminal is None else terminal
-        self._title, self._begun = "", time.monotonic()
-
-    def __call__(self, progress: Progress) -> None:
-        steps = f" {progress.value:.0f}/{progress.maximum:.0f}" if progress.maximum > 1 else ""
-        line = f"{100 * progress.fraction:3.0f}%  {progress.title}{steps}  {progress.seconds:.1f} s"
-        if self.terminal:
-            print(f"\r{line[:100]:<100}", end="", flush=True)
-        elif progress.title != self._title:
-            print(line, flush=True)
-        self._title = progress.title
-
-    def end(self) -> None:
-        """Finish the line."""
-        seconds = time.monotonic() - self._begun
-        print(f"{chr(13) if self.terminal else ''}{f'100%  done in {seconds:.1f} s':<100}".rstrip(" "), flush=True)
 
 
 if __name__ == "__main__":

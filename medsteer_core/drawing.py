@@ -102,7 +102,8 @@ def write(
     """Words whose middle is at ``y`` pixels from the top, ``size`` pixels tall; smaller where ``fit`` pixels of width
     are too few for them."""
     style = {"color": INK, "ha": align, "va": "center", "family": "DejaVu Sans", "fontsize": size * 72 / DPI, **style}
-    drawn = figure.text(x / layout.width, 1 - y / layout.height, words, **style)
+    # Prompts and names stand as they are: dollar signs would make formulas of them, which may not even parse.
+    drawn = figure.text(x / layout.width, 1 - y / layout.height, words, parse_math=False, **style)
     wide = drawn.get_window_extent(figure.canvas.get_renderer()).width if fit else 0
     if wide > fit:
         drawn.set_fontsize(style["fontsize"] * fit / wide)

@@ -12,12 +12,11 @@ class MedSteerError(ValueError):
 
 
 @contextmanager
-def needs(package: str) -> Iterator[None]:
-    """Around the import of a package that only pictures and scores need: MedSteerError when it is not installed."""
+def needs(package: str, what: str = "scores and pictures need") -> Iterator[None]:
+    """Around the import of a package that only `what` (pictures and scores) needs: MedSteerError without it."""
     try:
         yield
     except ModuleNotFoundError as error:
         raise MedSteerError(
-            f"{package} is not installed; scores and pictures need it. Install it for the Python that runs ComfyUI: "
-            f"pip install {package}"
+            f"{package} is not installed; {what} it. Install it for the Python that runs ComfyUI: pip install {package}"
         ) from error

@@ -14,13 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .endophantom.judges import Verdict
-from .endophantom.phantom import Anatomy, render
 from .errors import MedSteerError
 from .image_pairs import checked_pair, mean
 from .intervals import bootstrap, wilson
@@ -39,6 +37,9 @@ from .pair_score import (
     scores_of,
     structure_measure,
 )
+
+if TYPE_CHECKING:
+    from .endophantom.judges import Verdict
 
 __all__ = [
     "CRITERIA",
@@ -60,7 +61,7 @@ __all__ = [
 ]
 
 # A judge without terms of its own speaks in EndoPhantom's.
-JudgesLike = Judge | Callable[[Tensor], Verdict]
+JudgesLike = Judge | Callable[[Tensor], "Verdict"]
 
 
 def score_pair(
@@ -76,17 +77,28 @@ def score_pair(
 
 
 def score_pairs(
-    factuals: Tensor, counterfactuals: Tensor, source: str, target: str, judges: JudgesLike | None = None
+    factuals: Tensor,
+    counterfactuals: Tensor,
+    source: str,
+    target: str,
+    judges: JudgesLike | None = None,
+    masks: Tensor | None = None,
 ) -> list[PairScore]:
-    """Score pairs ``(n, 3, H, W)`` in 0..1, as `score_pair` does each, with one call of the judges."""
+    """Score pairs ``(n, 3, H, W)`` in 0..1, as `score_pair` does each, with one call of the judges.
+
+    ``masks (n, H, W)`` bool say where the finding is for judges that mark none; one that has a segmenter for both
+    classes goes by its own masks.
+    """
     terms: Terms = getattr(judges, "terms", ENDOPHANTOM)
     source, target = _checked_classes(source, target, terms)
     a, b = checked_pair(factuals, counterfactuals, batch=True)
+    if masks is not None and tuple(masks.shape) != (len(a), *a.shape[-2:]):
+        raise MedSteerError(f"masks have shape {tuple(masks.shape)}; {(len(a), *a.shape[-2:])} was expected.")
     opinion = (judges or embedded_judges())(torch.cat([a, b]))
     identity = None if terms is ENDOPHANTOM else judges.identity
     if terms is not ENDOPHANTOM and not identity:
         raise MedSteerError("The judge has no identity; a text that tells it from other judges was expected.")
-    return scores_of(a, b, opinion, source, target, terms, identity)
+    return scores_of(a, b, opinion, source, target, terms, identity, None if masks is None else masks.bool().cpu())
 
 
 def noise_ceiling(
@@ -97,6 +109,8 @@ def noise_ceiling(
     The two renders of an anatomy (``size`` pixels a side, drawn from ``seed`` independently of the class) differ in the
     finding and in their sensor noise, as two photographs would. No method can be asked for more.
     """
+    from .endophantom.phantom import Anatomy, render  # scoring needs no renders
+
     named = _checked_classes(source, target, ENDOPHANTOM)
     if n < 1:
         raise MedSteerError(f"noise_ceiling got n = {n}; 1 or more anatomies were expected.")

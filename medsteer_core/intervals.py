@@ -11,6 +11,7 @@ import torch
 from .errors import MedSteerError
 
 _RESAMPLES = 2000
+_AT_ONCE = 1 << 22  # values of the resamples that are held together
 
 
 def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -35,6 +36,10 @@ def bootstrap(values: Sequence[float]) -> tuple[float, float] | None:
     """95% percentile interval of the mean (Efron 1979), resampled 2000 times with a fixed seed; None of nothing."""
     if not values:
         return None
-    picks = torch.randint(len(values), (_RESAMPLES, len(values)), generator=torch.Generator().manual_seed(0))
-    means = torch.tensor(values, dtype=torch.float64)[picks].mean(1)
+    generator, given = torch.Generator().manual_seed(0), torch.tensor(values, dtype=torch.float64)
+    # The generator goes on from part to part, so that parts draw what the whole would.
+    parts = torch.arange(_RESAMPLES).split(max(1, _AT_ONCE // len(values)))
+    means = torch.cat(
+        [given[torch.randint(len(values), (len(part), len(values)), generator=generator)].mean(1) for part in parts]
+    )
     return tuple(means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist())

@@ -7,7 +7,7 @@ the format.
 from __future__ import annotations
 
 import json
-import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from .errors import MedSteerError
+from .inside import shown
 from .preprocessing import CROP_MODES, INTERPOLATIONS, Preprocessing
 
 ACTIVATIONS = ("softmax", "sigmoid", "none")
 HEADS = ("linear", "unet")
 _LARGEST_SIDE = 4096
+_LONGEST_NAME = 200  # characters
+_MOST_NAMES = 10_000
 
 
 @dataclass(frozen=True)
@@ -113,15 +116,17 @@ _Rule = tuple[bool, Callable[[Any], bool], str]
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # Also false for NaN, and for a whole number that no float can hold.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30
 
 
 def _text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+    return isinstance(value, str) and bool(value.strip()) and value.isprintable() and len(value) <= _LONGEST_NAME
 
 
 def _texts(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_text, value)) and len(set(value)) == len(value)
+    fits = isinstance(value, list) and len(value) <= _MOST_NAMES and all(map(_text, value))
+    return fits and len(set(value)) == len(value)
 
 
 def _three(value: Any) -> bool:
@@ -156,7 +161,7 @@ _NETWORK: dict[str, _Rule] = {
     "architecture": _maybe(_TEXT),
     "input": _maybe(_TEXT),
     "output": _maybe(_TEXT),
-    "description": _maybe(_TEXT),
+    "description": (False, lambda value: isinstance(value, str), "text"),
 }
 _CLASSIFIER: dict[str, _Rule] = {
     "crop_pct": (True, lambda value: _number(value) and 0.1 <= value <= 1, "a number from 0.1 to 1"),
@@ -188,9 +193,9 @@ def _checked(path: Path, rules: Mapping[str, _Rule]) -> dict[str, Any]:
     values = _read(path)
     for name in values:
         if name not in rules:
-            near = get_close_matches(name, rules, 1)
+            near = get_close_matches(name[:80], rules, 1)
             hint = f" Was '{near[0]}' meant?" if near else ""
-            raise MedSteerError(f"'{path}' has the key '{name}'; expected were {', '.join(rules)}.{hint}")
+            raise MedSteerError(f"'{path}' has the key '{shown(name)}'; expected were {', '.join(rules)}.{hint}")
     missing = [name for name, (required, _, _) in rules.items() if required and name not in values]
     if missing:
         raise MedSteerError(f"'{path}' lacks {', '.join(missing)}. Add what the network was trained with.")
@@ -201,10 +206,9 @@ def _checked(path: Path, rules: Mapping[str, _Rule]) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1})
+        twice = sorted(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
         if twice:
-            raise MedSteerError(f"'{path}' has the key '{twice[0]}' twice; once was expected.")
+            raise MedSteerError(f"'{path}' has the key '{shown(twice[0])}' twice; once was expected.")
         return dict(pairs)
 
     try:
@@ -223,4 +227,4 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _demand(path: Path, fits: bool, name: str, value: Any, expected: str) -> None:
     if not fits:
-        raise MedSteerError(f"'{path}' says {name}: {json.dumps(value):.120}; {expected} was expected.")
+        raise MedSteerError(f"'{path}' says {name}: {json.dumps(value):.120}; {shown(expected, 600)} was expected.")

@@ -5,6 +5,7 @@ The graph is read from the bytes that were hashed. Weights in a second file woul
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +17,8 @@ from .errors import MedSteerError
 from .judge_json import Card
 
 _TYPES = {"tensor(float)": numpy.float32, "tensor(float16)": numpy.float16, "tensor(double)": numpy.float64}
-# The key "location" of TensorProto.external_data, as protobuf writes it.
-_ELSEWHERE = b"\n\x08location\x12"
+# The key "location" of TensorProto.external_data: protobuf takes its length in longer forms too, and in any order.
+_ELSEWHERE = re.compile(rb"\n(?:\x08|\x88\x80*\x00)location")
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def network_from(data: bytes, file: str, card: Card, device: str = "cpu") -> Onn
 
 def _session(data: bytes, file: str, device: str) -> Any:
     runtime = _runtime()
-    if _ELSEWHERE in data:
+    if _ELSEWHERE.search(data):
         raise MedSteerError(
             f"'{file}' keeps weights in another file; one file was expected. Export it with external_data=False."
         )

@@ -9,9 +9,12 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor
 
 from .errors import MedSteerError
+from .inside import shown
 from .steering_rules import ablate, add, affine, set_point, suppress, switch
 
 TOWARD = ("present", "absent")  # in the order of a step's projections
+
+LARGEST = 1e6  # of a strength: far beyond sense, and far within what float32 can multiply
 
 
 class Step(Protocol):
@@ -42,8 +45,11 @@ class Operator(ABC):
         return getattr(self, "strength", None) == 0
 
     @abstractmethod
-    def __call__(self, a: Tensor, step: Step) -> Tensor:
-        """`a` (..., C) steered; the very same object when the operator is the identity."""
+    def __call__(self, a: Tensor, step: Step, in_place: bool = False) -> Tensor:
+        """`a` (..., C) steered; the very same object when the operator is the identity.
+
+        With `in_place` always the same object, which is changed: for a contiguous activation that nobody else holds.
+        """
 
     def to_dict(self) -> dict[str, Any]:
         """Name and parameters, for provenance; `from_dict` reads it back."""
@@ -67,8 +73,8 @@ class Suppress(Operator):
     def __post_init__(self) -> None:
         _check_strength(self)
 
-    def __call__(self, a: Tensor, step: Step) -> Tensor:
-        return suppress(a, step.directions, self.strength, self.keep_norm)
+    def __call__(self, a: Tensor, step: Step, in_place: bool = False) -> Tensor:
+        return suppress(a, step.directions, self.strength, self.keep_norm, in_place)
 
 
 @dataclass(frozen=True)
@@ -78,8 +84,8 @@ class Ablate(Operator):
     name: ClassVar[str] = "ablate"
     keep_norm: bool = False
 
-    def __call__(self, a: Tensor, step: Step) -> Tensor:
-        return ablate(a, step.directions, self.keep_norm)
+    def __call__(self, a: Tensor, step: Step, in_place: bool = False) -> Tensor:
+        return ablate(a, step.directions, self.keep_norm, in_place)
 
 
 @dataclass(frozen=True)
@@ -96,11 +102,11 @@ class Add(Operator):
         _check_strength(self)
         _check_toward(self)
 
-    def __call__(self, a: Tensor, step: Step) -> Tensor:
+    def __call__(self, a: Tensor, step: Step, in_place: bool = False) -> Tensor:
         if self.is_identity:
             return a
         signed = self.strength if self.toward == "present" else -self.strength
-        return add(a, step.directions, signed * step.gaps, self.keep_norm)
+        return add(a, step.directions, signed * step.gaps, self.keep_norm, in_place)
 
 
 @dataclass(frozen=True)
@@ -117,11 +123,11 @@ class SetPoint(Operator):
         _check_strength(self)
         _check_toward(self)
 
-    def __call__(self, a: Tensor, step: Step) -> Tensor:
+    def __call__(self, a: Tensor, step: Step, in_place: bool = False) -> Tensor:
         if self.is_identity:
             return a
         means = step.projections[TOWARD.index(self.toward)]
-        return set_point(a, step.directions, means, self.strength, self.keep_norm)
+        return set_point(a, step.directions, means, self.strength, self.keep_norm, in_place)
 
 
 @dataclass(frozen=True)
@@ -136,7 +142,7 @@ class Switch(Operator):
     def __post_init__(self) -> None:
         _check_strength(self)
 
-    def __call__(self, a: Tensor, step: Step) -> Tensor:
+    def __call__(self, a: Tensor, step: Step, in_place: bool = False) -> Tensor:
         if self.is_identity:
             return a
         if step.target is None:
@@ -146,7 +152,7 @@ class Switch(Operator):
                 f"switch: the target vector has {_counted(step.target)} a step, and the source vector "
                 f"{_counted(step.directions)}; the same was expected. Use two vectors of one model and one rank."
             )
-        return switch(a, step.directions, step.target, self.strength, self.keep_norm)
+        return switch(a, step.directions, step.target, self.strength, self.keep_norm, in_place)
 
 
 @dataclass(frozen=True)
@@ -168,12 +174,13 @@ class Affine(Operator):
         if self.focus < 0:
             raise MedSteerError(f"affine: focus is {self.focus}; 0 (every token) or more was expected.")
 
-    def __call__(self, a: Tensor, step: Step) -> Tensor:
+    def __call__(self, a: Tensor, step: Step, in_place: bool = False) -> Tensor:
         if self.is_identity:
             return a
         if step.readers is None or step.offsets is None:
             raise needs_same_state(self.name)
-        return affine(a, step.directions, step.readers, step.offsets, self.strength, self.focus, self.keep_norm)
+        parts = step.directions, step.readers, step.offsets
+        return affine(a, *parts, self.strength, self.focus, self.keep_norm, in_place)
 
 
 OPERATORS: dict[str, type[Operator]] = {kind.name: kind for kind in (Suppress, Ablate, Add, SetPoint, Switch, Affine)}
@@ -232,8 +239,10 @@ def _check_number(operator: Operator, name: str) -> None:
     given = getattr(operator, name)
     try:
         number = float(given)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not math.isfinite(number):
-        raise MedSteerError(f"{operator.name}: {name} is {given!r}; a finite number was expected.")
+    if not abs(number) <= LARGEST:  # also for NaN
+        raise MedSteerError(
+            f"{operator.name}: {name} is {shown(given)}; a finite number was expected, {LARGEST:g} at most either way."
+        )
     object.__setattr__(operator, name, number)

@@ -86,13 +86,15 @@ def pixels(a: Tensor, b: Tensor, ssim: Tensor) -> dict[str, list]:
     }
 
 
-def outside(
-    a: Tensor, b: Tensor, ssim: Tensor, before: Answers, after: Answers, source: str, target: str, terms: Terms
-) -> dict[str, list]:
-    """What changed in the pixels outside the findings."""
+def finding_masks(before: Answers, after: Answers, source: str, target: str, terms: Terms) -> Tensor:
+    """Where either image of a pair has a finding that the pair is about, (n, H, W) bool."""
     # Only findings the pair is about are left out: an artefact that looks like another one counts as damage.
     concerned = (*terms.findings_of[source], *terms.findings_of[target])
-    masks = _union(before, concerned, terms) | _union(after, concerned, terms)
+    return _union(before, concerned, terms) | _union(after, concerned, terms)
+
+
+def outside(a: Tensor, b: Tensor, ssim: Tensor, masks: Tensor, terms: Terms) -> dict[str, list]:
+    """What changed in the pixels outside the ``masks (n, H, W)`` bool."""
     covered = share_of(masks, lit_field(a))
     outside = ~dilated(masks, round(terms.mask_margin * min(a.shape[-2:])) + SSIM_WINDOW // 2)
     fair = outside & (torch.tensor(covered) <= MASK_LIMIT).view(-1, 1, 1)

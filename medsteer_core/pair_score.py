@@ -21,6 +21,7 @@ from .pair_parts import (
     DISTANCE_LIMIT,
     FINDING_NUMBERS,
     OUTSIDE_NUMBERS,
+    finding_masks,
     findings,
     halves,
     labels,
@@ -78,10 +79,11 @@ class PairScore:
     `CRITERIA` that the counterfactual does not meet, is empty.
 
     The ``outside`` numbers are over the pixels whose SSIM window lies clear of both images' masks and a margin: over
-    ``outside_fraction`` of the picture. They are None where the masks cover too much: ``mask_fraction`` is the share of
-    the factual's lit field (not of the picture) under either mask, without the margin. ``anatomy_drifts`` are the
-    regressed factors' absolute differences in held-out errors, in the order of `Judges.factors`, ``anatomy_drift``
-    their mean. ``off_target_drift`` is the sum of probability changes of all labels but source and target.
+    ``outside_fraction`` of the picture. (Where the judge marks no findings, of the mask that was given.) They are None
+    where the masks cover too much: ``mask_fraction`` is the share of the factual's lit field (not of the picture) under
+    either mask, without the margin. ``anatomy_drifts`` are the regressed factors' absolute differences in held-out
+    errors, in the order of `Judges.factors`, ``anatomy_drift`` their mean. ``off_target_drift`` is the sum of
+    probability changes of all labels but source and target.
 
     The last four are of judges from files and None or empty for EndoPhantom's: ``judge``, the judge's identity;
     ``not_judged``, each part that it could not judge and why, in words: the numbers of such a part are None, its
@@ -139,9 +141,11 @@ def scores_of(
     target: str,
     terms: Terms = ENDOPHANTOM,
     identity: str | None = None,
+    given: Tensor | None = None,
 ) -> list[PairScore]:
     """Scores of pairs ``a``, ``b (n, 3, H, W)`` in 0..1, given the judge's opinion of all ``2n`` images, ``a`` first,
-    in its ``terms``. ``identity`` is of a judge from files.
+    in its ``terms``. ``identity`` is of a judge from files; ``given (n, H, W)`` bool are masks for pairs in which it
+    marks no findings.
 
     Classes and images are taken as they are; `evaluate` checks them.
     """
@@ -151,13 +155,16 @@ def scores_of(
     columns |= findings(before, after, source, target, terms) if found else nothing(len(a), FINDING_NUMBERS)
     ssim = ssim_map(a, b)
     columns |= pixels(a, b, ssim)
-    columns |= outside(a, b, ssim, before, after, source, target, terms) if found else nothing(len(a), OUTSIDE_NUMBERS)
+    masks = finding_masks(before, after, source, target, terms) if found else given
+    columns |= nothing(len(a), OUTSIDE_NUMBERS) if masks is None else outside(a, b, ssim, masks, terms)
     deciding = zip(*(columns[name] for name in _DECIDING), strict=True)
     columns["misses"] = [_missed(*row, target, terms) for row in deciding]
     columns["flipped"] = [not missed for missed in columns["misses"]]
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     silent = None in (before.masks, before.distances, before.anatomy)
-    record = _of_the_judge(before, source, target, terms, identity or UNNAMED, found) if identity or silent else {}
+    masked = masks is not None
+    named = identity or UNNAMED
+    record = _of_the_judge(before, source, target, terms, named, found, masked) if identity or silent else {}
     return [PairScore(source=source, target=target, **row, **record) for row in rows]
 
 
@@ -172,20 +179,21 @@ def only_in(first: str, second: str) -> list[str]:
 
 
 def _of_the_judge(
-    opinion: Answers, source: str, target: str, terms: Terms, identity: str, found: bool
+    opinion: Answers, source: str, target: str, terms: Terms, identity: str, found: bool, masked: bool
 ) -> dict[str, Any]:
     """What a score says of its judge: which it is, what it could not judge and why."""
     missing = []
+    unmarked = "findings" if masked else "findings and the outside of them"
     if opinion.masks is None:
-        missing.append("findings and the outside of them: the judge has no segmenter")
+        missing.append(f"{unmarked}: the judge has no segmenter")
     elif not found:
         names = ", ".join(f"'{name}'" for name in terms.unknown_findings((source, target)))
-        missing.append(f"findings and the outside of them: the judge's segmenter does not mark what {names} shows")
+        missing.append(f"{unmarked}: the judge's segmenter does not mark what {names} shows")
     if opinion.distances is None:
         missing.append("distance: the judge does not tell how unlike its training images an image is")
     if opinion.anatomy is None:
         missing.append("anatomy: the judge has no regressors of the anatomy")
-    structure = terms.structure_measure(source, target) if found else None
+    structure = terms.structure_measure(source, target) if found else "ssim_outside" if masked else None
     if structure == "anatomy_drift" and opinion.anatomy is None:
         structure = None
     removes = bool(terms.only_in(source, target)) if found else None

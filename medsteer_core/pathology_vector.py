@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -96,6 +97,11 @@ class PathologyVector:
         for name, site in self.sites.items():
             _check_site(name, site, self.steps, self.rank, self.has_readers)
 
+    @cached_property
+    def _levels(self) -> tuple[float, ...]:
+        """The sigmas as numbers, for looking one up at every site of every step."""
+        return tuple(self.sigmas.tolist())
+
     @property
     def steps(self) -> int:
         """Number of recorded noise levels, S."""
@@ -133,7 +139,7 @@ class PathologyVector:
         belongs to its own directions.
         """
         values = self._site(site)
-        lo, hi, weight = interpolate_index(self.sigmas, sigma, self.flow)
+        lo, hi, weight = interpolate_index(self._levels, sigma, self.flow)
         if values.readers is not None:
             near = lo if weight <= 0.5 else hi
             taken = (values.directions, values.gaps, values.projections, values.readers, values.offsets)
@@ -202,9 +208,9 @@ def _mix_directions(a: Tensor, b: Tensor, weight: float) -> Tensor:
 
 
 def _check_sigmas(sigmas: Tensor) -> None:
-    _check_tensor("sigmas", sigmas, None)
     if sigmas.ndim != 1 or sigmas.shape[0] == 0:
         raise MedSteerError(f"sigmas has shape {tuple(sigmas.shape)}; (steps,) with at least one step was expected.")
+    _check_tensor("sigmas", sigmas, None)
     if not bool((sigmas > 0).all()) or not bool((sigmas[1:] < sigmas[:-1]).all()):
         raise MedSteerError(f"sigmas must be positive and strictly descending; got {sigmas.tolist()}.")
 
@@ -223,6 +229,11 @@ def _check_site(name: str, site: SiteDirections, steps: int, rank: int, readers:
             f"Site '{name}': readers and offsets go together, at every site or at none; here readers are "
             f"{'missing' if site.readers is None else 'given'} and offsets "
             f"{'missing' if site.offsets is None else 'given'}."
+        )
+    if rank > channels:  # before the products below, whose size is the rank's square
+        raise MedSteerError(
+            f"Site '{name}': {rank} directions of {channels} channels can't be orthogonal; at most {channels} were "
+            "expected."
         )
     if readers:
         shapes |= {"readers": (steps, rank, channels), "offsets": (steps, rank)}

@@ -19,8 +19,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import MedSteerError
+from .inside import shown
+from .peft_patterns import PEFT_FORM, Clock, is_expression
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+LONGEST_NAME = 500  # characters of a tensor's name
 PREFIX = "base_model.model."  # peft's own wrapping around the trained model's names
 
 # Options that, when set, make of the LoRA something else than `up @ down` on the weights of the stock model.
@@ -47,7 +50,6 @@ REFUSED_TENSORS = (
     ("modules_to_save", "modules_to_save"),
 )
 _TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.(?P<kind>weight|bias)")
-_PATTERN = r"(.*\.)?({})$"  # what peft makes of a key of rank_pattern and alpha_pattern
 _MERGE = "Merge it into the model with peft and load that, or train without the option."
 _AGAIN = "Download or save the LoRA again."
 
@@ -89,7 +91,9 @@ class PeftLora:
         if self.config.get("layers_to_transform") is not None:
             return []  # a choice of layers, which the file itself shows well enough
         wanted, excluded = self.config.get("target_modules"), self.config.get("exclude_modules")
-        return [n for n in names if n not in self.modules and _names(wanted, n) and not _names(excluded, n)]
+        clock = Clock(self.path / CONFIG_FILE)
+        others = [name for name in names if name not in self.modules]
+        return [name for name in others if _names(wanted, name, clock) and not _names(excluded, name, clock)]
 
 
 def read(folder: Path) -> PeftLora:
@@ -97,37 +101,37 @@ def read(folder: Path) -> PeftLora:
     config = _read_config(folder / CONFIG_FILE)
     path = folder / WEIGHTS_FILE
     pairs, unexpected = _pair(path, _read_tensors(path))
-    modules = {}
+    modules, clock = {}, Clock(folder / CONFIG_FILE)
     for name, (up, down) in pairs.items():
         _check_pair(path, name, up, down)
-        modules[name] = LowRank(up, down, scale_of(config, name, down.shape[0], folder / CONFIG_FILE))
+        modules[name] = LowRank(up, down, scale_of(config, name, down.shape[0], folder / CONFIG_FILE, clock))
     return PeftLora(folder, modules, tuple(unexpected), config)
 
 
-def scale_of(config: Mapping[str, Any], name: str, rank: int, path: Path) -> float:
+def scale_of(config: Mapping[str, Any], name: str, rank: int, path: Path, clock: Clock) -> float:
     """What ``up @ down`` of module ``name`` is multiplied with: alpha / rank, or alpha / sqrt(rank) (arXiv 2312.03732).
 
     Raises MedSteerError when the config gives the module another rank than its tensors have.
     """
-    expected = pattern_value(config.get("rank_pattern") or {}, name, config["r"])
+    expected = pattern_value(config.get("rank_pattern") or {}, name, config["r"], clock)
     if rank != expected:
         raise MedSteerError(
             f"'{path}' gives module '{name}' rank {expected}, but its tensors have rank {rank}: the two files are not "
             f"of one LoRA. {_AGAIN}"
         )
-    alpha = pattern_value(config.get("alpha_pattern") or {}, name, config["lora_alpha"])
+    alpha = pattern_value(config.get("alpha_pattern") or {}, name, config["lora_alpha"], clock)
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+def pattern_value(patterns: Mapping[str, Any], name: str, default: Any, clock: Clock) -> Any:
     """peft's rule: the first pattern that is the whole name, or all of it behind some dot, gives the value."""
-    return next((value for key, value in patterns.items() if re.match(_PATTERN.format(key), name)), default)
+    return next((value for key, value in patterns.items() if clock.ending(key, name)), default)
 
 
-def _names(option: str | list[str] | None, name: str) -> bool:
+def _names(option: str | list[str] | None, name: str, clock: Clock) -> bool:
     """Whether `target_modules` or `exclude_modules` names a module: a regular expression, or a list of endings."""
     if isinstance(option, str):
-        return re.fullmatch(option, name) is not None
+        return clock.whole(option, name)
     return any(name == ending or name.endswith(f".{ending}") for ending in option or ())
 
 
@@ -181,7 +185,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError as error:
         raise MedSteerError(f"There is no file '{path}'. {_AGAIN}") from error
     except (SafetensorError, OSError) as error:
-        raise MedSteerError(f"'{path}' is not a readable safetensors file, or cut off ({error}). {_AGAIN}") from error
+        words = shown(str(error), 200)
+        raise MedSteerError(f"'{path}' is not a readable safetensors file, or cut off ({words}). {_AGAIN}") from error
 
 
 def _pair(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]], list[str]]:
@@ -189,6 +194,8 @@ def _pair(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, tuple[Tenso
     sides: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}}
     unexpected, adapters = [], set()
     for key, tensor in tensors.items():
+        if not key.isprintable() or len(key) > LONGEST_NAME:
+            raise MedSteerError(f"'{path}' holds '{shown(key)}', which is no name of a module. {_AGAIN}")
         part = _TENSOR.fullmatch(key)
         option = next((option for name, option in REFUSED_TENSORS if name in key), "")
         if option or (part and part["kind"] == "bias"):
@@ -213,7 +220,7 @@ def _pair(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, tuple[Tenso
 
 def _check_pair(path: Path, name: str, up: Tensor, down: Tensor) -> None:
     shapes = f"lora_A {tuple(down.shape)} and lora_B {tuple(up.shape)}"
-    fits = up.ndim == down.ndim >= 2 and up.shape[1] == down.shape[0] and set(up.shape[2:]) <= {1}
+    fits = up.ndim == down.ndim and 2 <= up.ndim <= 5 and up.shape[1] == down.shape[0] and set(up.shape[2:]) <= {1}
     if not fits or 0 in up.shape or 0 in down.shape:
         raise MedSteerError(f"'{path}': module '{name}' has {shapes}; (rank, inputs), (outputs, rank) were expected.")
     for tensor in (up, down):
@@ -229,8 +236,7 @@ def _check_pair(path: Path, name: str, up: Tensor, down: Tensor) -> None:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return shown(repr(value), 60)
 
 
 def _is_number(value: Any) -> bool:
@@ -244,19 +250,12 @@ def _is_rank(value: Any) -> bool:
 def _is_patterns(value: Any, fits: Callable[[Any], bool]) -> bool:
     if not isinstance(value, dict):
         return value is None
-    return all(_is_regex(_PATTERN.format(key)) and fits(item) for key, item in value.items())
-
-
-def _is_regex(value: Any) -> bool:
-    try:
-        return isinstance(value, str) and re.compile(value) is not None
-    except (re.error, RecursionError, OverflowError):
-        return False
+    return all(is_expression(PEFT_FORM.format(key)) and fits(item) for key, item in value.items())
 
 
 def _is_modules(value: Any) -> bool:
     strings = isinstance(value, list) and all(isinstance(item, str) for item in value)
-    return value is None or strings or _is_regex(value)
+    return value is None or strings or is_expression(value)
 
 
 _TYPES = (

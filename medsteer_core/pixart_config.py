@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .errors import MedSteerError
+from .inside import shown
 from .pixart_state import ADVICE, Sizes
 
 ALPHA, SIGMA = "PixArt-alpha", "PixArt-Sigma"
@@ -32,6 +33,7 @@ FIXED: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("only_cross_attention", (False, None)),
     ("quantization_config", (None,)),
 )
+MOST = 2**31  # of any of these
 POSITIVE = ("num_attention_heads", "attention_head_dim", "sample_size", "interpolation_scale")
 
 
@@ -53,19 +55,18 @@ def parse_config(text: str, name: str) -> dict[str, Any]:
         raise MedSteerError(f"'{name}' holds a {type(config).__name__}; the config.json of a PixArt was expected.")
     if config.get("_class_name") not in CLASSES:
         raise MedSteerError(
-            f"'{name}' is the config of a {config.get('_class_name')}; {CLASSES[0]} was expected. Keep each model's "
-            "files in a folder of their own."
+            f"'{name}' is the config of a {shown(config.get('_class_name'))}; {CLASSES[0]} was expected. Keep each "
+            "model's files in a folder of their own."
         )
     for key, allowed in FIXED:
         if key in config and not any(config[key] == value for value in allowed):
-            raise MedSteerError(
-                f"'{name}' has {key} {json.dumps(config[key])}; {json.dumps(allowed[0])} was expected of a PixArt."
-            )
+            found = shown(json.dumps(config[key]))
+            raise MedSteerError(f"'{name}' has {key} {found}; {json.dumps(allowed[0])} was expected of a PixArt.")
     for key in POSITIVE:
         value = config.get(key)
         whole = isinstance(value, int) or (key == "interpolation_scale" and isinstance(value, float))
-        if value is not None and (not whole or isinstance(value, bool) or not 0 < value < math.inf):
-            raise MedSteerError(f"'{name}' has {key} {json.dumps(value)}; a positive number was expected.")
+        if value is not None and (not whole or isinstance(value, bool) or not 0 < value < MOST):
+            raise MedSteerError(f"'{name}' has {key} {shown(json.dumps(value))}; a positive number was expected.")
     return config
 
 
@@ -88,7 +89,7 @@ def check_config(config: Mapping[str, Any], sizes: Sizes, config_name: str, name
     for key, value in said.items():
         if value != claims[key]:
             raise MedSteerError(
-                f"'{config_name}' has {key} {json.dumps(value)}, but the weights of '{name}' have "
+                f"'{config_name}' has {key} {shown(json.dumps(value))}, but the weights of '{name}' have "
                 f"{json.dumps(claims[key])}; the config.json that came with the file was expected beside it."
             )
 
@@ -122,7 +123,8 @@ def extent_of_positions(positions: Tensor, width: int, name: str) -> float | Non
     The fastest wave of the columns has frequency 1 a patch: its phase along the first row is the position itself.
     Raises MedSteerError for positions that are no grid of sines and cosines, which ComfyUI's PixArt can't have.
     """
-    table = positions.reshape(-1, positions.shape[-1]).double()
+    fits = 0 < positions.ndim < 5 and positions.numel() > 0 and bool(positions.float().isfinite().all())
+    table = (positions.reshape(-1, positions.shape[-1]) if fits else torch.zeros(0, 0)).double()
     side = math.isqrt(len(table))
     if side**2 == len(table) and table.shape[1] == width and (side == 1 or not table.any()):
         return None
@@ -166,7 +168,7 @@ def family_of(sizes: Sizes, config: Mapping[str, Any] | None, name: str) -> Fami
         # Sigma's repositories also stand under "PixArt-alpha/", so its own name is looked for first.
         plain = str(text or "").lower().replace("_", "-")
         if "sigma" in plain:
-            return Family(SIGMA, f"by the name '{text}'")
+            return Family(SIGMA, f"by the name '{shown(text)}'")
         if "pixart-xl-2" in plain or "pixart-alpha" in plain:
-            return Family(ALPHA, f"by the name '{text}'")
+            return Family(ALPHA, f"by the name '{shown(text)}'")
     return Family(SIGMA, "")

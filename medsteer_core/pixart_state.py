@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .errors import MedSteerError
+from .inside import shown
 
 ORIGINAL, DIFFUSERS = "original", "diffusers"
 # Weights that every PixArt has and that, together, no other family has.
@@ -101,7 +102,9 @@ def sizes_of(state: Mapping[str, Any], form: str, name: str) -> Sizes:
     for key, value in state.items():
         if not isinstance(value, Tensor) or not value.is_floating_point():
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise MedSteerError(f"'{name}' holds {kind} in '{key}'; floating-point weights were expected. {ADVICE}")
+            raise MedSteerError(
+                f"'{name}' holds {kind} in '{shown(key)}'; floating-point weights were expected. {ADVICE}"
+            )
     names = {weight.name: weight.sources for weight in layout(_PROBE[form])}
 
     def shape(weight: str, dimensions: int) -> tuple[int, ...]:
@@ -185,7 +188,7 @@ def _refuse_misfits(state: Mapping[str, Tensor], weights: list[Weight], sizes: S
 
 
 def _some(keys: list[str]) -> str:
-    return f"'{keys[0]}'" + (f" and {len(keys) - 1} more weights" if len(keys) > 1 else "")
+    return f"'{shown(keys[0])}'" + (f" and {len(keys) - 1} more weights" if len(keys) > 1 else "")
 
 
 ADVICE = "Download the file again, or choose another."

@@ -12,7 +12,7 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,15 @@ from torch import Tensor
 
 from . import vector_file
 from .errors import MedSteerError
+from .inside import shown
 from .restricted_pickle import PickledArray, loads
 
 PICKLE_FORMAT, NPZ_FORMAT = "medsteer-pickle", "polypsteer-pathology-field-v3"
 PICKLE_SUFFIXES, NPZ_SUFFIX = (".pickle", ".pkl"), ".npz"
 LARGEST = 256 * 2**20  # bytes, packed or unpacked; 1000 steps of PixArt-alpha in float64 are a little less
 _LARGEST_LIST = 2**20  # bytes of prompts, seeds or layer numbers
+# Numbers hardly pack: a directions' archive shrinks by a tenth. What shrinks by far more is there to fill the memory.
+_MOST_PACKED, _SMALL = 16, 2**20
 _MOST_MEMBERS = 64
 _LONGEST_HEADER = 10_000
 _HEADER = re.compile(
@@ -123,7 +126,7 @@ def read_npz(data: bytes, name: str) -> ReferenceField:
     except (ValueError, TypeError, OverflowError, OSError, EOFError, RuntimeError, SystemError, zipfile.BadZipFile,
             zlib.error) as error:  # fmt: skip
         expected = f"'{NPZ_FORMAT}' with values float32 (steps, layers, C), {', '.join(_MEMBERS[2:])}"
-        raise _unlike(name, f"a NumPy archive {error}", expected) from error
+        raise _unlike(name, f"a NumPy archive {shown(str(error), 300)}", expected) from error
     return ReferenceField(
         torch.from_numpy(values.astype(np.float32)), layers, NPZ_FORMAT, False, name, _sha256(data),
         texts["positive_prompts"], texts["negative_prompts"], numbers["seeds"],
@@ -147,10 +150,10 @@ def write_npz(field: ReferenceField, path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _blocks(entry: Any, step: int, name: str) -> list[Any]:
+def _blocks(entry: Any, step: int, name: str) -> Sequence[Any]:
     blocks = entry.get("blocks") if isinstance(entry, dict) else None
     if isinstance(blocks, list | tuple) and blocks:
-        return list(blocks)
+        return blocks  # no copy: one list may be named at every step
     if isinstance(entry, dict):
         found = f"{_what(blocks)} as blocks" if "blocks" in entry else f"the keys {_some(entry)}"
     else:
@@ -175,6 +178,11 @@ def _member(archive: zipfile.ZipFile, key: str, largest: int) -> np.ndarray:
     info = archive.getinfo(f"{key}.npy")
     if info.file_size > largest:
         raise ValueError(f"whose {key} unpack to {info.file_size} bytes; {largest} at most are read")
+    if info.file_size > max(_SMALL, _MOST_PACKED * info.compress_size):
+        raise ValueError(
+            f"whose {key} unpack from {info.compress_size} bytes to {info.file_size}; {_MOST_PACKED} times as many at "
+            "most are read"
+        )
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"whose {key} are packed in another way than NumPy packs")
     with archive.open(info) as file:

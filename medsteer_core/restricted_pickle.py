@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from .errors import MedSteerError
+from .inside import shown
 
 OPCODES = 2_000_000  # a file of 1000 steps and 28 blocks has half a million
 _PROTOCOLS = range(2, 6)
@@ -262,7 +263,7 @@ class _Machine:
         torch = module.split(".")[0] == "torch"
         hint = "Save its tensors as numpy arrays (tensor.numpy())." if torch else "Don't trust this file."
         raise MedSteerError(
-            f"'{self._name}' is a pickle that asks for the global '{module:.80}.{name:.80}'; only numpy arrays, "
+            f"'{self._name}' is a pickle that asks for the global '{shown(module)}.{shown(name)}'; only numpy arrays, "
             f"dicts, lists, tuples, text and numbers are read. Nothing was run. {hint}"
         )
 
@@ -284,6 +285,6 @@ def _next_opcode(stream: io.BytesIO, name: str) -> pickletools.OpcodeInfo:
 
 def _damaged(name: str, why: str) -> MedSteerError:
     return MedSteerError(
-        f"'{name}' is no readable pickle of numpy arrays ({why}); a dict of steps that Python 3's pickle wrote was "
-        "expected. Copy the file again, or choose another."
+        f"'{name}' is no readable pickle of numpy arrays ({shown(why, 200)}); a dict of steps that Python 3's pickle "
+        "wrote was expected. Copy the file again, or choose another."
     )

@@ -69,7 +69,7 @@ class SampleStore:
                 state = {name: file.get_tensor(name).clone() for name in file.keys()}
                 stored = Stored(tuple(json.loads(about["images"])), state)
             os.utime(path)
-        except (OSError, SafetensorError, ValueError, KeyError):
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             return None
         return stored
 
@@ -78,7 +78,7 @@ class SampleStore:
         try:
             with safe_open(self.path(facts), framework="pt") as file:
                 return tuple(json.loads((file.metadata() or {})["images"]))
-        except (OSError, SafetensorError, ValueError, KeyError):
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             return ()
 
     def write(self, facts: Mapping[str, Any], images: Sequence[int], state: State) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .capture import ActivationSums
+from .capture import ActivationSums, token_means
 from .errors import MedSteerError
 from .sample_store import prefixed, under
 from .samples_record import MOST_BYTES, SampleRecord, SampleRecorder
@@ -56,9 +56,10 @@ class SampleWatch:
 
     def observe(self, site: str, sigma: float, activation: Tensor) -> None:
         """Count `activation` (rows, tokens, C) and, in a record that is being kept, its rows' token means."""
-        self.sums.observe(site, sigma, activation)
+        samples = token_means(site, activation)
+        self.sums.observe_means(site, sigma, samples)
         if self._recorder is not None:
-            self._try(self._recorder.observe, site, sigma, activation)
+            self._try(self._recorder.observe_means, site, sigma, samples)
 
     def record(self) -> SampleRecord | None:
         """All samples in the order of their runs; None where the record was given up."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .capture import SigmaStatistics, level_of
+from .capture import SigmaStatistics, level_of, token_means
 from .errors import MedSteerError
 
 # What one recorder may hold. Running means (capture.py) have no such limit.
@@ -115,6 +115,7 @@ class _Batch:
     images: list[int]
     sums: dict[tuple[str, float], Tensor] = field(default_factory=dict)  # (b, C) on the activations' device
     visits: dict[tuple[str, float], int] = field(default_factory=dict)
+    levels: dict[str, set[float]] = field(default_factory=dict)  # by site
 
 
 class SampleRecorder:
@@ -139,7 +140,6 @@ class SampleRecorder:
         """A new run whose batch holds these samples, in the order of its rows."""
         self._batches.append(_Batch(list(samples)))
 
-    @torch.no_grad()
     def observe(self, site: str, sigma: float, activation: Tensor) -> None:
         """Keep the token mean of each row of `activation` (rows, tokens, C), one row for each of the run's samples.
 
@@ -147,22 +147,21 @@ class SampleRecorder:
         """
         if not self._batches:
             raise RuntimeError("begin() comes before observe()")
+        self.observe_means(site, sigma, token_means(site, activation))
+
+    def observe_means(self, site: str, sigma: float, samples: Tensor) -> None:
+        """`observe` for an activation whose `token_means` are known: `samples` (rows, C)."""
         batch = self._batches[-1]
-        if activation.ndim != 3:
-            raise MedSteerError(
-                f"Site '{site}' gave an activation of shape {tuple(activation.shape)}; (rows, tokens, channels) was "
-                "expected. Its model family is not supported."
-            )
-        if activation.shape[0] == 0:
+        if samples.shape[0] == 0:
             return
-        if activation.shape[0] % len(batch.images):
+        if samples.shape[0] % len(batch.images):
             raise MedSteerError(
-                f"The model gave {activation.shape[0]} rows for a batch of {len(batch.images)} images; one each was "
+                f"The model gave {samples.shape[0]} rows for a batch of {len(batch.images)} images; one each was "
                 "expected. Remove patches that change the batch."
             )
-        means = activation.mean(dim=1, dtype=torch.float32).unflatten(0, (-1, len(batch.images)))
-        known = [level for name, level in batch.sums if name == site]
-        key = site, level_of(known, float(sigma))
+        means = samples.unflatten(0, (-1, len(batch.images)))
+        key = site, level_of(batch.levels.setdefault(site, set()), float(sigma))
+        batch.levels[site].add(key[1])
         if key not in batch.sums:
             self._bytes += 4 * means[0].numel()
             self._check_memory()

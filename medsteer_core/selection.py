@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from .errors import MedSteerError
+from .inside import shown
 from .separability import auto_sites
 
-_INDEX = re.compile(r"([0-9]+)(?:\s*-\s*([0-9]+))?")
+_INDEX = re.compile(r"([0-9]{1,999})(?:\s*-\s*([0-9]{1,999}))?")
 _NEGATIVE = re.compile(r"-\s*[0-9]+")
 _SHOWN = 6
 
@@ -45,13 +46,15 @@ def _indices(part: str, names: Sequence[str], auroc: Mapping[str, Sequence[float
     if part.lower() == AUTO:
         return _auto(names, auroc)
     if _NEGATIVE.fullmatch(part):
-        raise MedSteerError(f"sites has '{part}'; indices count from 0 in execution order and can't be negative.")
+        raise MedSteerError(
+            f"sites has '{shown(part)}'; indices count from 0 in execution order and can't be negative."
+        )
     if match := _INDEX.fullmatch(part):
         return _range(part, int(match[1]), int(match[2] or match[1]), len(names))
     found = [index for index, name in enumerate(names) if fnmatchcase(name, part)]
     if not found:
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-        raise MedSteerError(f"No site is named '{part}'. There are: {', '.join(names[:_SHOWN])}{more}.")
+        raise MedSteerError(f"No site is named '{shown(part)}'. There are: {', '.join(names[:_SHOWN])}{more}.")
     return found
 
 
@@ -67,8 +70,9 @@ def _auto(names: Sequence[str], auroc: Mapping[str, Sequence[float]]) -> list[in
 
 
 def _range(part: str, first: int, last: int, count: int) -> range:
+    begin = f"sites has '{shown(part)}'"
     if last >= count:
-        raise MedSteerError(f"sites has '{part}', but there are only {count} sites: use indices 0 to {count - 1}.")
+        raise MedSteerError(f"{begin}, but there are only {count} sites: use indices 0 to {count - 1}.")
     if first > last:
-        raise MedSteerError(f"sites has '{part}', which runs backwards; write '{last}-{first}'.")
+        raise MedSteerError(f"{begin}, which runs backwards; write '{last}-{shown(str(first))}'.")
     return range(first, last + 1)

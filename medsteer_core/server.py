@@ -1,5 +1,7 @@
 """A headless ComfyUI with one checkout of this pack as its only custom node, started and always stopped again.
 
+Also when this process is killed: an `OrphanWatch` ends the server then.
+
 Standard library only: dev.py runs it under any Python, tests and benchmarks under the environment's Python. The user's
 own ComfyUI folder is never written to: every run has a base directory of its own (ComfyUI's `--base-directory`).
 """
@@ -20,6 +22,8 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+
+from .orphan_watch import OrphanWatch, remove_base
 
 PACK_NAME = "medsteer"
 KEPT_FOLDERS = ("models", "input", "output", "user")
@@ -84,15 +88,6 @@ def link_checkout(checkout: Path, link: Path) -> None:
         shutil.copytree(checkout, link, ignore=shutil.ignore_patterns(*NOT_COPIED))
 
 
-def remove_base(base: Path, link: Path) -> None:
-    """Delete a base directory without ever following the link to the checkout."""
-    # Before Python 3.12 rmtree walks into a junction and would delete the checkout: the link goes first. os.rmdir takes
-    # a junction away, and leaves a copied folder (not empty) to rmtree.
-    with contextlib.suppress(OSError):
-        link.unlink() if link.is_symlink() else os.rmdir(link)
-    shutil.rmtree(base, ignore_errors=True)
-
-
 @contextlib.contextmanager
 def signals_as_interrupt():
     """Within it SIGTERM and SIGHUP raise KeyboardInterrupt, so that `with` blocks and `finally` run.
@@ -143,6 +138,7 @@ class ComfyServer:
         self.extra, self.start_limit = extra, start_limit
         self.process: subprocess.Popen | None = None
         self.base: Path | None = None
+        self._watch: OrphanWatch | None = None
         self.seconds_to_start = 0.0
         self._signals = contextlib.ExitStack()
 
@@ -196,6 +192,9 @@ class ComfyServer:
                 _end_process_tree(self.process)
         finally:
             self.process = None
+            if self._watch is not None:
+                self._watch.release()
+                self._watch = None
             if self.base is not None:
                 remove_base(self.base, self.base / "custom_nodes" / self.name)
                 self.base = None
@@ -215,6 +214,7 @@ class ComfyServer:
         # A group of its own: a Ctrl-C in the terminal reaches only us, and we end the server in order.
         windows = os.name == "nt"
         group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if windows else {"start_new_session": True}
+        self._watch = OrphanWatch()  # before the server, so that it is ready when there is something to watch
         with open(self.base / "comfyui.log", "wb") as log:
             self.process = subprocess.Popen(
                 self.command(),
@@ -225,6 +225,7 @@ class ComfyServer:
                 stderr=subprocess.STDOUT,
                 **group,
             )
+        self._watch.tell(self.process.pid, self.base, self.base / "custom_nodes" / self.name)
 
     def _wait_until_ready(self) -> None:
         begun = time.monotonic()

@@ -1,7 +1,8 @@
 """What steering does to one activation tensor: pure functions (operators.py has them by name).
 
 `a` is (..., C), usually (rows, tokens, C); `d` is (R, C) with orthonormal rows, on the device and in the dtype of `a`.
-Nothing here casts the activation, waits for the device, or changes `a` in place.
+Nothing here casts the activation or waits for the device. `a` itself is changed, and given back, only with `in_place`:
+that is for an activation that nobody else holds, spares one copy of it, and wants `a` contiguous.
 METHOD: suppress, ablate, add, set, switch on the output of a text cross-attention (MedSteer, arXiv 2603.07066, and
 what follows from it); affine is ours.
 """
@@ -9,8 +10,10 @@ what follows from it); affine is ours.
 import torch
 from torch import Tensor
 
+_TINY = torch.finfo(torch.float32).tiny
 
-def suppress(a: Tensor, d: Tensor, strength: float, keep_norm: bool) -> Tensor:
+
+def suppress(a: Tensor, d: Tensor, strength: float, keep_norm: bool, in_place: bool = False) -> Tensor:
     """`a - strength * sum_i max(0, a.d_i) d_i` for each token, then rescaled to the token's former norm if asked.
 
     METHOD: suppress (arXiv 2603.07066). Tokens that point away from `d` stay as they are. At strength 2 this is a
@@ -18,36 +21,44 @@ def suppress(a: Tensor, d: Tensor, strength: float, keep_norm: bool) -> Tensor:
     """
     if strength == 0:
         return a
-    steered = _add_rows(a, (a @ d.mT).clamp_min(0), d, -strength)
-    return _restore_norm(a, steered) if keep_norm and strength != 2 else steered
+    before = _length(a) if keep_norm and strength != 2 else None
+    tokens = _tokens(a, in_place)
+    steered = _add_rows(a, tokens, torch.mm(tokens, d.mT).clamp_min_(0), d, -strength, in_place)
+    return steered if before is None else _restore_norm(before, steered, in_place)
 
 
-def ablate(a: Tensor, d: Tensor, keep_norm: bool) -> Tensor:
+def ablate(a: Tensor, d: Tensor, keep_norm: bool, in_place: bool = False) -> Tensor:
     """`a - sum_i (a.d_i) d_i`: no token has any projection on `d` left."""
-    steered = _add_rows(a, a @ d.mT, d, -1.0)
-    return _restore_norm(a, steered) if keep_norm else steered
+    before = _length(a) if keep_norm else None
+    tokens = _tokens(a, in_place)
+    steered = _add_rows(a, tokens, torch.mm(tokens, d.mT), d, -1.0, in_place)
+    return steered if before is None else _restore_norm(before, steered, in_place)
 
 
-def add(a: Tensor, d: Tensor, amount: Tensor, keep_norm: bool) -> Tensor:
+def add(a: Tensor, d: Tensor, amount: Tensor, keep_norm: bool, in_place: bool = False) -> Tensor:
     """`a + sum_i amount_i d_i`, the same for every token; `amount` (R,) is signed, in the activation's own units."""
-    steered = a + amount @ d
-    return _restore_norm(a, steered) if keep_norm else steered
+    before = _length(a) if keep_norm else None
+    moved = amount @ d
+    steered = a.add_(moved) if in_place else a + moved
+    return steered if before is None else _restore_norm(before, steered, in_place)
 
 
-def set_point(a: Tensor, d: Tensor, means: Tensor, strength: float, keep_norm: bool) -> Tensor:
+def set_point(a: Tensor, d: Tensor, means: Tensor, strength: float, keep_norm: bool, in_place: bool = False) -> Tensor:
     """`a + strength * sum_i (means_i - a.d_i) d_i`: each token's projections moved toward `means` (R,).
 
     METHOD: set. At strength 1 every token has the projections `means`, beyond it is as far on the other side.
     """
     if strength == 0:
         return a
+    before = _length(a) if keep_norm else None
+    tokens = _tokens(a, in_place)
     # The difference is rounded once: in half precision the two mostly cancel.
-    missing = torch.addmm(means, a.reshape(-1, a.shape[-1]), d.mT, alpha=-1)
-    steered = _add_rows(a, missing, d, strength)
-    return _restore_norm(a, steered) if keep_norm else steered
+    missing = torch.addmm(means, tokens, d.mT, alpha=-1)
+    steered = _add_rows(a, tokens, missing, d, strength, in_place)
+    return steered if before is None else _restore_norm(before, steered, in_place)
 
 
-def switch(a: Tensor, d: Tensor, target: Tensor, strength: float, keep_norm: bool) -> Tensor:
+def switch(a: Tensor, d: Tensor, target: Tensor, strength: float, keep_norm: bool, in_place: bool = False) -> Tensor:
     """`a + strength * sum_i max(0, a.d_i) (target_i - d_i)`: what `suppress` takes away is added along `target` (R, C).
 
     METHOD: switch (source to target). Tokens that point away from `d` stay as they are. The target's rows need not be
@@ -55,12 +66,21 @@ def switch(a: Tensor, d: Tensor, target: Tensor, strength: float, keep_norm: boo
     """
     if strength == 0:
         return a
-    steered = _add_rows(a, (a @ d.mT).clamp_min(0), target - d, strength)
-    return _restore_norm(a, steered) if keep_norm else steered
+    before = _length(a) if keep_norm else None
+    tokens = _tokens(a, in_place)
+    steered = _add_rows(a, tokens, torch.mm(tokens, d.mT).clamp_min_(0), target - d, strength, in_place)
+    return steered if before is None else _restore_norm(before, steered, in_place)
 
 
 def affine(
-    a: Tensor, d: Tensor, readers: Tensor, offsets: Tensor, strength: float, focus: float, keep_norm: bool
+    a: Tensor,
+    d: Tensor,
+    readers: Tensor,
+    offsets: Tensor,
+    strength: float,
+    focus: float,
+    keep_norm: bool,
+    in_place: bool = False,
 ) -> Tensor:
     """`a - strength * gain * sum_i (readers_i.a + offsets_i) d_i`: at strength 1 what the absent prompt would give.
 
@@ -76,36 +96,50 @@ def affine(
     """
     if strength == 0:
         return a
+    before = _length(a) if keep_norm else None
+    tokens = _tokens(a, in_place)
     # The offset is added before the sum is rounded: in half precision the two mostly cancel.
-    amounts = torch.addmm(offsets, a.reshape(-1, a.shape[-1]), readers.mT)
+    amounts = torch.addmm(offsets, tokens, readers.mT)
     if focus:
-        amounts = amounts * _wiener_gain(amounts.view(*a.shape[:-1], -1), focus).reshape(-1, 1)
-    steered = _add_rows(a, amounts, d, -strength)
-    return _restore_norm(a, steered) if keep_norm else steered
+        amounts = amounts * _wiener_gain(amounts.view(-1, a.shape[-2], len(d)), focus).view(-1, 1)
+    steered = _add_rows(a, tokens, amounts, d, -strength, in_place)
+    return steered if before is None else _restore_norm(before, steered, in_place)
 
 
 def _wiener_gain(amounts: Tensor, focus: float) -> Tensor:
-    """`e / (e + focus**2 * mean(e))` for each token, (..., tokens, 1), in the dtype of `amounts` (..., tokens, R)."""
+    """`e / (e + focus**2 * mean(e))` for each token, (rows, tokens, 1), in the dtype of `amounts` (rows, tokens, R)."""
     energy = amounts.float().square().sum(dim=-1, keepdim=True)  # a half-precision square overflows
-    noise = focus**2 * energy.mean(dim=-2, keepdim=True)
-    return (energy / (energy + noise).clamp_min(torch.finfo(energy.dtype).tiny)).to(amounts.dtype)
+    whole = torch.add(energy, energy.mean(dim=-2, keepdim=True), alpha=focus**2)
+    return (energy / whole.clamp_min_(_TINY)).to(amounts.dtype)
 
 
-def _add_rows(a: Tensor, coefficients: Tensor, d: Tensor, scale: float) -> Tensor:
-    """`a + scale * coefficients @ d` in one kernel; coefficients (..., R)."""
-    channels, rank = a.shape[-1], d.shape[0]
-    return torch.addmm(a.reshape(-1, channels), coefficients.reshape(-1, rank), d, alpha=scale).view(a.shape)
+def _tokens(a: Tensor, in_place: bool) -> Tensor:
+    """(n, C): the n tokens of `a` (..., C), for `in_place` as a view, which is refused where it would be a copy."""
+    return a.view(-1, a.shape[-1]) if in_place else a.reshape(-1, a.shape[-1])
 
 
-def _restore_norm(a: Tensor, steered: Tensor) -> Tensor:
-    """`steered` with each token rescaled to the norm it has in `a`.
+def _add_rows(a: Tensor, tokens: Tensor, coefficients: Tensor, d: Tensor, scale: float, in_place: bool) -> Tensor:
+    """`a + scale * coefficients @ d` in one kernel; coefficients (n, R) for the `_tokens` of `a`."""
+    if in_place:
+        tokens.addmm_(coefficients, d, alpha=scale)
+        return a
+    return torch.addmm(tokens, coefficients, d, alpha=scale).view(a.shape)
+
+
+def _length(a: Tensor) -> Tensor:
+    """Each token's norm, (..., 1)."""
+    wide = torch.promote_types(a.dtype, torch.float32)  # a half-precision sum of squares overflows
+    return torch.linalg.vector_norm(a, dim=-1, keepdim=True, dtype=wide)
+
+
+def _restore_norm(before: Tensor, steered: Tensor, in_place: bool) -> Tensor:
+    """`steered` with each token rescaled to the norm `before`.
 
     A token of which nothing but rounding is left (it was zero, or lay wholly along the direction) is not rescaled:
     that would blow the rounding up to a random direction of full length.
     """
-    wide = torch.promote_types(a.dtype, torch.float32)  # a half-precision sum of squares overflows
-    before = torch.linalg.vector_norm(a, dim=-1, keepdim=True, dtype=wide)
-    after = torch.linalg.vector_norm(steered, dim=-1, keepdim=True, dtype=wide)
-    ratio = before / after.clamp_min(torch.finfo(wide).tiny)
-    meaningful = after > 4 * torch.finfo(a.dtype).eps * before
-    return steered * torch.where(meaningful, ratio, 1.0).to(a.dtype)
+    after = _length(steered)
+    ratio = before / after.clamp_min(torch.finfo(after.dtype).tiny)
+    meaningful = after > before.mul(4 * torch.finfo(steered.dtype).eps)
+    factor = ratio.where(meaningful, 1.0).to(steered.dtype)
+    return steered.mul_(factor) if in_place else steered * factor

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .errors import MedSteerError
+from .inside import shown
 from .judge_json import Card, SegmenterCard
 
 
@@ -89,7 +90,7 @@ def load_strictly(network: nn.Module, tensors: Mapping[str, Tensor], file: str, 
     missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or unexpected:
         some = "; ".join(
-            f"{len(names)} {word} ('{names[0]}'{' ...' if len(names) > 1 else ''})"
+            f"{len(names)} {word} ('{shown(names[0])}'{' ...' if len(names) > 1 else ''})"
             for word, names in (("missing", missing), ("unexpected", unexpected))
             if names
         )
@@ -115,7 +116,8 @@ def tensors_of(data: bytes, file: str) -> dict[str, Tensor]:
     except (SafetensorError, ValueError, KeyError) as error:
         kind = "empty" if not data else "a zip archive or a pickle" if data[:1] in (b"P", b"\x80") else "damaged"
         raise MedSteerError(
-            f"'{file}' is not a readable safetensors file (it is {kind}: {error}). Save the weights with safetensors."
+            f"'{file}' is not a readable safetensors file (it is {kind}: {shown(str(error), 200)}). Save the weights "
+            "with safetensors."
         ) from error
 
 

@@ -196,6 +196,11 @@ def _from_displacements(
     return PathologyVector(without(sites, unknown), a.sigmas, facts, a.flow)
 
 
+def class_means_of(vector: PathologyVector) -> dict[str, Tensor] | None:
+    """Means (S, 2, C) float64 of [present, absent] by site; None for a vector that does not tell them."""
+    return {name: class_means(site) for name, site in vector.sites.items()} if _has_class_means(vector) else None
+
+
 def _has_class_means(vector: PathologyVector) -> bool:
     """Whether gap times direction is the whole difference of the class means, so that those can be computed."""
     facts = vector.provenance

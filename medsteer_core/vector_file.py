@@ -15,13 +15,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from .errors import MedSteerError
+from .inside import shown
 from .pathology_vector import READER_FIELDS, SITE_FIELDS, PathologyVector, SiteDirections, canonical_json
+from .provenance import check_provenance
+from .same_bytes import to_bytes
 from .whole_file import write_whole
 
+LONGEST_NAME = 200  # characters of a site
 FORMAT = "medsteer.pathology_vector"
 FIELDS = {"1": SITE_FIELDS, "2": (*SITE_FIELDS, *READER_FIELDS)}  # by the file's version
 SUFFIX = ".safetensors"
@@ -43,7 +46,7 @@ def save(vector: PathologyVector, path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     if path.suffix != SUFFIX:
         raise MedSteerError(f"A pathology vector's file name ends in {SUFFIX}; got '{path.name}'.")
-    write(path, to_bytes(_tensors(vector), metadata=_metadata(vector)))
+    write(path, to_bytes(_tensors(vector), _metadata(vector)))
     return path
 
 
@@ -72,7 +75,7 @@ def load(path: str | os.PathLike[str]) -> PathologyVector:
         raise MedSteerError(f"There is no file '{path}'. Check the name of the vector.") from error
     except (SafetensorError, OSError) as error:
         raise MedSteerError(
-            f"'{path}' is {_describe(path)}, not a readable safetensors file ({error}). {_ADVICE}"
+            f"'{path}' is {_describe(path)}, not a readable safetensors file ({shown(str(error), 200)}). {_ADVICE}"
         ) from error
     try:
         vector = _assemble(metadata, tensors)
@@ -81,7 +84,7 @@ def load(path: str | os.PathLike[str]) -> PathologyVector:
     if vector.content_hash() != metadata["content_hash"]:
         raise MedSteerError(
             f"'{path}' is a pathology vector whose content was changed or damaged: its hash is "
-            f"{vector.content_hash()}, and the file says {metadata['content_hash']}. {_ADVICE}"
+            f"{vector.content_hash()}, and the file says {shown(metadata['content_hash'])}. {_ADVICE}"
         )
     return vector
 
@@ -108,17 +111,17 @@ def _metadata(vector: PathologyVector) -> dict[str, str]:
 def _check_header(path: Path, metadata: dict[str, str], names: list[str]) -> dict[str, Any]:
     """The metadata with its JSON parsed, once format, version and the tensors' names are those expected."""
     if metadata.get("format") != FORMAT:
-        some = ", ".join(f"'{name}'" for name in names[:3])
+        some = ", ".join(f"'{shown(name)}'" for name in names[:3])
         raise MedSteerError(
             f"'{path}' is a safetensors file with {len(names)} tensors ({some} ...), but not a pathology vector: its "
-            f"format is {metadata.get('format')!r}; {FORMAT!r} was expected. {_ADVICE}"
+            f"format is '{shown(metadata.get('format'))}'; {FORMAT!r} was expected. {_ADVICE}"
         )
     version = metadata.get("version", "")
     if version not in FIELDS:
         newer = version.isdecimal() and int(version[:9]) > len(FIELDS)
         advice = "Update MedSteer to read it." if newer else _ADVICE
         raise MedSteerError(
-            f"'{path}' is a pathology vector of format version {version!r}; this MedSteer reads versions "
+            f"'{path}' is a pathology vector of format version '{shown(version)}'; this MedSteer reads versions "
             f"{' and '.join(FIELDS)}. {advice}"
         )
     try:
@@ -126,14 +129,17 @@ def _check_header(path: Path, metadata: dict[str, str], names: list[str]) -> dic
         parsed["content_hash"] = metadata["content_hash"]
         parsed["fields"] = FIELDS[version]
     except (KeyError, ValueError, RecursionError) as error:
-        raise MedSteerError(f"'{path}' is a pathology vector with a damaged header ({error!r}). {_ADVICE}") from error
+        raise MedSteerError(
+            f"'{path}' is a pathology vector with a damaged header ({shown(repr(error))}). {_ADVICE}"
+        ) from error
     if not _types_fit(parsed):
         raise MedSteerError(f"'{path}' is a pathology vector with a damaged header (wrong types). {_ADVICE}")
     wanted = {"sigmas", *(f"{site}/{name}" for site in parsed["sites"] for name in parsed["fields"])}
     if wanted != set(names):
         missing, extra = sorted(wanted - set(names))[:3], sorted(set(names) - wanted)[:3]
         raise MedSteerError(
-            f"'{path}' is a damaged pathology vector: tensors missing {missing}, extra {extra}. {_ADVICE}"
+            f"'{path}' is a damaged pathology vector: tensors missing {shown(missing, 400)}, extra "
+            f"{shown(extra, 400)}. {_ADVICE}"
         )
     return parsed
 
@@ -142,7 +148,7 @@ def _types_fit(parsed: dict[str, Any]) -> bool:
     sites = parsed["sites"]
     return (
         isinstance(sites, list)
-        and all(isinstance(site, str) for site in sites)
+        and all(isinstance(site, str) and site.isprintable() and len(site) <= LONGEST_NAME for site in sites)
         and len(set(sites)) == len(sites)
         and isinstance(parsed["flow"], bool)
         and isinstance(parsed["provenance"], dict)
@@ -157,6 +163,7 @@ def _assemble(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> Pathology
         site: SiteDirections(**{name: tensors[f"{site}/{name}"] for name in metadata["fields"]})
         for site in metadata["sites"]
     }
+    check_provenance(metadata["provenance"])
     return PathologyVector(sites, tensors["sigmas"], metadata["provenance"], metadata["flow"])
 
 

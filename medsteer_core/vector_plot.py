@@ -189,8 +189,9 @@ def _sentence(figure, place: tuple[int, int], missing: Missing) -> None:
     axes.set_facecolor("#f3f4f6")
     axes.set_xticks([])
     axes.set_yticks([])
-    words = textwrap.fill(missing.why, 28)
-    axes.text(0.5, 0.5, words, transform=axes.transAxes, ha="center", va="center", fontsize=_points(_WORDS), color=INK)
+    words = textwrap.fill(textwrap.shorten(missing.why, 300), 28)
+    style = {"ha": "center", "va": "center", "fontsize": _points(_WORDS), "color": INK, "parse_math": False}
+    axes.text(0.5, 0.5, words, transform=axes.transAxes, **style)
 
 
 def _panel(figure, place: tuple[int, int], title: str, below: str = ""):

@@ -31,6 +31,24 @@ class WorkflowInterrupted(WorkflowError):
     """Somebody pressed Cancel (`/interrupt`) while the workflow ran."""
 
 
+class ServerUnreachable(WorkflowError):
+    """No server answers, after all retries. Whether the workflow ran is not known."""
+
+
+class PromptLost(ServerUnreachable):
+    """The server answers, but no longer knows the prompt: it was restarted, or somebody emptied its queue."""
+
+
+class ServerRefused(WorkflowError):
+    """The server answered a request with a status of 300 to 499: `status`, and `body` as it came."""
+
+    def __init__(self, address: str, status: int, body: bytes = b""):
+        hints = {401: "It wants a token.", 403: "It wants another token.", 404: "Is it a ComfyUI, 0.30.0 or newer?"}
+        hint = hints.get(status, "It redirects; give the address it leads to." if 300 <= status < 400 else "")
+        super().__init__(f"{address} refused the request with status {status}. {hint}".rstrip())
+        self.status, self.body = status, body
+
+
 @dataclass(frozen=True)
 class Progress:
     """One moment of a run: the running node's title, its value of maximum, the workflow's fraction, seconds so far."""

@@ -7,6 +7,8 @@ from ..medsteer_core.host.vector_folder import register_folder
 from .combine import CombineVectors
 from .contexts import PromptContexts
 from .counterfactual import CounterfactualCompare
+from .evaluate import EvaluatePairs, RandomDirection
+from .export import SaveCounterfactualPairs
 from .extract import ExtractPathologyVector
 from .load import LoadDiT, LoadEndoPhantom
 from .lora import LoadPEFTLoRA
@@ -27,6 +29,7 @@ NODES: list[type[io.ComfyNode]] = [
     ImportPathologyVector,
     ExportPathologyVector,
     CombineVectors,
+    RandomDirection,
     PixArtSigmas,
     Steer,
     CounterfactualSampler,
@@ -34,6 +37,8 @@ NODES: list[type[io.ComfyNode]] = [
     InspectVector,
     CounterfactualPanel,
     StrengthSweep,
+    EvaluatePairs,
+    SaveCounterfactualPairs,
 ]
 
 

@@ -42,7 +42,6 @@ class CombineVectors(io.ComfyNode):
                 Vector.Output("vector", tooltip="The combined vector, for Steer or Save Pathology Vector."),
                 io.String.Output("report", tooltip="What was combined, how much the two overlap, and any warnings."),
             ],
-            hidden=[io.Hidden.unique_id],
             has_intermediate_output=True,
         )
 
@@ -52,4 +51,4 @@ class CombineVectors(io.ComfyNode):
         report = describe(vector)
         if how not in WEIGHTED and (weight_a, weight_b) != (1.0, 1.0):
             report += f"\nThe weights do not count for '{how}'."
-        return io.NodeOutput(vector, report, ui=note(report, cls.hidden.unique_id))
+        return io.NodeOutput(vector, report, ui=note(report))

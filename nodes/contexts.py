@@ -37,7 +37,6 @@ class PromptContexts(io.ComfyNode):
                 io.Conditioning.Output("present", tooltip="For Extract's input of that name."),
                 io.Conditioning.Output("absent", tooltip="For Extract's input of that name."),
             ],
-            hidden=[io.Hidden.unique_id],
             has_intermediate_output=True,
         )
 
@@ -46,4 +45,4 @@ class PromptContexts(io.ComfyNode):
         texts = [filled(templates, concept) for concept in (present, absent)]
         shown = "\n".join(texts[0])
         encoded = [encode_contexts(clip, some) for some in texts]
-        return io.NodeOutput(*encoded, ui=note(shown, cls.hidden.unique_id))
+        return io.NodeOutput(*encoded, ui=note(shown))

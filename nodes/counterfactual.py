@@ -9,7 +9,6 @@ from comfy_api.latest import io
 
 from ..medsteer_core.host.notes import note
 from ..medsteer_core.image_pairs import channels_first, compare_pairs, in_words
-from ..medsteer_core.report import difference_image
 from .types import CATEGORY
 
 
@@ -32,14 +31,15 @@ class CounterfactualCompare(io.ComfyNode):
                     "metrics", tooltip="SSIM, PSNR in dB, changed share of pixels, for each pair, as JSON."
                 ),
             ],
-            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
     @classmethod
     def execute(cls, factual: torch.Tensor, counterfactual: torch.Tensor) -> io.NodeOutput:
+        from ..medsteer_core.report import difference_image  # ComfyUI's start does not wait for what draws
+
         first, second = (channels_first(image) for image in (factual, counterfactual))
         compared = compare_pairs(first, second)
         metrics = json.dumps(compared, indent=1)
         difference = difference_image(first, second).movedim(0, -1)[None]
-        return io.NodeOutput(difference, metrics, ui=note(metrics, cls.hidden.unique_id, in_words(compared)))
+        return io.NodeOutput(difference, metrics, ui=note(metrics, in_words(compared)))

@@ -161,4 +161,4 @@ class ExtractPathologyVector(io.ComfyNode):
         vector = extraction.extract(model, request, remarks.append)
         summary = describe(vector)
         shown = "\n".join([summary, *remarks])
-        return io.NodeOutput(vector, summary, ui=note(shown, cls.hidden.unique_id))
+        return io.NodeOutput(vector, summary, ui=note(shown))

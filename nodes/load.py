@@ -71,11 +71,10 @@ class LoadDiT(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output("model", tooltip="The model, for Extract Pathology Vector, Steer and KSampler.")],
-            hidden=[io.Hidden.unique_id],
             has_intermediate_output=True,
         )
 
     @classmethod
     def execute(cls, model_name: str, weight_dtype: str, family: str = AUTO) -> io.NodeOutput:
         loaded = load_described(model_name, weight_dtype, family)
-        return io.NodeOutput(loaded.model, ui=note(loaded.text, cls.hidden.unique_id))
+        return io.NodeOutput(loaded.model, ui=note(loaded.text))

@@ -58,7 +58,6 @@ class LoadPEFTLoRA(io.ComfyNode):
                 io.Clip.Output("clip", tooltip="The text encoder with the LoRA; nothing when none is connected."),
                 io.String.Output("report", tooltip="Applied, missing and unexpected modules of every part."),
             ],
-            hidden=[io.Hidden.unique_id],
             has_intermediate_output=True,
         )
 
@@ -74,4 +73,4 @@ class LoadPEFTLoRA(io.ComfyNode):
     @classmethod
     def execute(cls, model, lora_name: str, strength_model: float, strength_clip: float, clip=None) -> io.NodeOutput:
         model, clip, report = lora.apply_lora(model, clip, lora_name, strength_model, strength_clip)
-        return io.NodeOutput(model, clip, report, ui=note(report, cls.hidden.unique_id))
+        return io.NodeOutput(model, clip, report, ui=note(report))

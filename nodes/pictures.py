@@ -1,4 +1,7 @@
-"""The nodes that draw: a vector, pairs of images, and a sweep of strengths."""
+"""The nodes that draw: a vector, pairs of images, and a sweep of strengths.
+
+What draws is imported when a node runs, so that ComfyUI's start does not wait for it.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,7 @@ from comfy_api.latest import io, ui
 from ..medsteer_core.host import counterfactual as sampled
 from ..medsteer_core.host import judge_folder
 from ..medsteer_core.image_pairs import channels_first, compare_pairs
-from ..medsteer_core.panel import pair_panel
 from ..medsteer_core.summary import describe
-from ..medsteer_core.sweep import records, sweep, sweep_picture, table
-from ..medsteer_core.vector_plot import vector_picture
 from .types import CATEGORY, Vector
 
 # The workflow goes into the preview's PNG, as core's Preview Image does it.
@@ -42,6 +42,8 @@ class InspectVector(io.ComfyNode):
 
     @classmethod
     def execute(cls, vector) -> io.NodeOutput:
+        from ..medsteer_core.vector_plot import vector_picture
+
         picture = _as_image(vector_picture(vector))
         return io.NodeOutput(picture, describe(vector), ui=ui.PreviewImage(picture, cls=cls))
 
@@ -78,6 +80,8 @@ class CounterfactualPanel(io.ComfyNode):
 
     @classmethod
     def execute(cls, factual: torch.Tensor, counterfactual: torch.Tensor, concept_map=None) -> io.NodeOutput:
+        from ..medsteer_core.panel import pair_panel
+
         first, second = channels_first(factual), channels_first(counterfactual)
         panel = _as_image(pair_panel(first, second, concept_map))
         metrics = json.dumps(compare_pairs(first, second), indent=1)
@@ -138,6 +142,8 @@ class StrengthSweep(io.ComfyNode):
     def execute(
         cls, factual: torch.Tensor, counterfactual: torch.Tensor, strengths, judge, source_class, target_class
     ) -> io.NodeOutput:
+        from ..medsteer_core.sweep import records, sweep, sweep_picture, table
+
         first, second = channels_first(factual), channels_first(counterfactual)
         multiples, by = sampled.multiples_of(strengths), judge_folder.judge_of(judge)
         found = sweep(first, second, multiples, source_class, target_class, by, judge)

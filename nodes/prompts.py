@@ -1,8 +1,11 @@
-"""The text behind a CONDITIONING, where the graph shows it: ComfyUI does not carry it in the value."""
+"""What only the graph shows: the text behind a CONDITIONING and the node behind a MASK, which values don't carry."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+from ..medsteer_core.errors import MedSteerError
 
 
 def prompt_text(prompt: dict[str, Any] | None, node_id: str | None, input_name: str) -> str | None:
@@ -13,3 +16,30 @@ def prompt_text(prompt: dict[str, Any] | None, node_id: str | None, input_name: 
         return None
     text = (prompt or {}).get(str(link[0]), {}).get("inputs", {}).get("text")
     return text if isinstance(text, str) else None
+
+
+# Outputs of Counterfactual Sampler by their place.
+_CONCEPT_MAP, _MASK = 2, 3
+
+
+def mask_of_sampler(
+    prompt: dict[str, Any] | None, node_id: str | None, input_name: str, records: Sequence[dict[str, Any]]
+) -> str:
+    """Where the mask linked to ``input_name`` comes from: "concept map", or "user" for whatever else it is.
+
+    ``records`` are Counterfactual Sampler's: its output mask is what its lock was. MedSteerError when that was none.
+    """
+    link = (prompt or {}).get(str(node_id), {}).get("inputs", {}).get(input_name)
+    if not isinstance(link, list) or len(link) != 2:
+        return "user"
+    if (prompt or {}).get(str(link[0]), {}).get("class_type") != "MedSteer_CounterfactualSampler":
+        return "user"
+    if link[1] == _CONCEPT_MAP:
+        return "concept map"
+    source = records[0]["made"]["lock"]["mask_source"] if records else "none"
+    if link[1] == _MASK and source == "none":
+        raise MedSteerError(
+            "mask is Counterfactual Sampler's, which had no lock, so it marks the whole image. Connect its "
+            "concept_map, or nothing, and the judge's segmenter marks the finding."
+        )
+    return source

@@ -6,7 +6,10 @@ from comfy_api.latest import io
 
 from ..medsteer_core.host import counterfactual, sampling
 from ..medsteer_core.host.notes import note
-from .types import CATEGORY
+from .prompts import prompt_text
+from .types import CATEGORY, Record
+
+PROMPTS = ("positive", "negative")
 
 
 class CounterfactualSampler(io.ComfyNode):
@@ -104,8 +107,12 @@ class CounterfactualSampler(io.ComfyNode):
                 io.Mask.Output("concept_map", tooltip="Where the steering acts on the factual image; 1 is the most."),
                 io.Mask.Output("mask", tooltip="Where the image could change: all of it without a lock."),
                 io.String.Output("summary", tooltip="What was run, and where the mask came from."),
+                Record.Output(
+                    "record",
+                    tooltip="How each pair was made, for Save Counterfactual Pairs: model, prompts, seed, all.",
+                ),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
             has_intermediate_output=True,
         )
 
@@ -143,6 +150,7 @@ class CounterfactualSampler(io.ComfyNode):
             threshold=lock_threshold,
             dilation=lock_dilation,
             noise=noise,
+            texts={name: prompt_text(cls.hidden.prompt, cls.hidden.unique_id, name) for name in PROMPTS},
         )
         pair = counterfactual.sample_pair(model, request)
         return io.NodeOutput(
@@ -151,5 +159,6 @@ class CounterfactualSampler(io.ComfyNode):
             pair.concept_map,
             pair.mask,
             pair.summary,
-            ui=note(pair.summary, cls.hidden.unique_id),
+            pair.records,
+            ui=note(pair.summary),
         )

@@ -181,7 +181,6 @@ class Steer(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output("model", tooltip="The steered model, for KSampler. Steer nodes can be chained.")],
-            hidden=[io.Hidden.unique_id],
             has_intermediate_output=True,
         )
 
@@ -204,4 +203,4 @@ class Steer(io.ComfyNode):
         name = parameters.pop("operator", None)
         window = (start_percent, end_percent)
         steered, text = steer(model, vector, name, parameters, *window, sites, rows, preset, curve, target, mask)
-        return io.NodeOutput(steered, ui=note(text, cls.hidden.unique_id))
+        return io.NodeOutput(steered, ui=note(text))

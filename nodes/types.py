@@ -4,3 +4,4 @@ from comfy_api.latest import io
 
 CATEGORY = "MedSteer"
 Vector = io.Custom("MEDSTEER_VECTOR")
+Record = io.Custom("MEDSTEER_RECORD")

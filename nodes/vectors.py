@@ -29,7 +29,7 @@ class SavePathologyVector(io.ComfyNode):
                 ),
             ],
             outputs=[io.String.Output("path", tooltip="The name under which Load Pathology Vector lists the file.")],
-            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
+            hidden=[io.Hidden.extra_pnginfo],
             is_output_node=True,
         )
 
@@ -57,7 +57,7 @@ class LoadPathologyVector(io.ComfyNode):
                 )
             ],
             outputs=[Vector.Output("vector", tooltip="The pathology vector, for Steer.")],
-            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
+            hidden=[io.Hidden.extra_pnginfo],
             has_intermediate_output=True,
         )
 
@@ -117,7 +117,7 @@ class ImportPathologyVector(io.ComfyNode):
                 Vector.Output("vector", tooltip="The pathology vector, for Steer (suppress, ablate) and Save."),
                 io.String.Output("summary", tooltip="What the file says, and what was assumed."),
             ],
-            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
+            hidden=[io.Hidden.extra_pnginfo],
             has_intermediate_output=True,
         )
 
@@ -155,7 +155,6 @@ class ExportPathologyVector(io.ComfyNode):
                 ),
             ],
             outputs=[io.String.Output("path", tooltip="The file's name in models/medsteer.")],
-            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
@@ -163,4 +162,4 @@ class ExportPathologyVector(io.ComfyNode):
     def execute(cls, vector, filename_prefix: str) -> io.NodeOutput:
         name = vector_folder.export(vector, filename_prefix)
         text = f"Exported as models/medsteer/{name}. It holds directions only: note the schedule that they belong to."
-        return io.NodeOutput(name, ui=note(text, cls.hidden.unique_id))
+        return io.NodeOutput(name, ui=note(text))

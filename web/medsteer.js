@@ -1,17 +1,69 @@
-// Keeps, among a vector node's properties, how its vector was made: a shared workflow says it where the file is missing.
+// What a MedSteer node keeps of its run: the text that it shows on itself, and among a vector node's properties how the
+// vector was made, so that a shared workflow says it where the file is missing.
 import { app } from "../../scripts/app.js";
 
-const PROPERTY = "medsteer_recipe";
+const NOTE = "medsteer_note";
+const RECIPE = "medsteer_recipe";
+const MARGIN = 6;
+const FIRST_HEIGHT = 24; // pixels, until the text is drawn: at a low zoom the front end draws none
+const STYLE = "padding:4px 6px; font-size:12px; line-height:16px; white-space:pre-wrap; overflow-wrap:anywhere;";
+
+function growToFit(node) {
+  const [, needed] = node.computeSize();
+  if (node.size[1] < needed) node.setSize([node.size[0], needed]);
+  node.setDirtyCanvas(true, true);
+}
+
+function addNote(node) {
+  const text = document.createElement("div");
+  text.style.cssText = STYLE;
+  const element = document.createElement("div");
+  element.style.cssText = "overflow-y:auto; user-select:text; color:var(--input-text, #ddd);";
+  element.setAttribute("data-medsteer-note", "");
+  element.append(text);
+  let height = FIRST_HEIGHT;
+  const widget = node.addDOMWidget(NOTE, NOTE, element, {
+    serialize: false,
+    margin: MARGIN,
+    getMinHeight: () => height + 2 * MARGIN,
+    getMaxHeight: () => height + 2 * MARGIN, // what is left of the node goes to its pictures
+    getValue: () => text.textContent,
+  });
+  widget.serialize = false;
+  // The text's height changes with the text and with the node's width, and is 0 while the node is not drawn.
+  const observer = new ResizeObserver(() => {
+    if (!text.offsetHeight || text.offsetHeight === height) return;
+    height = text.offsetHeight;
+    element.style.minHeight = `${height}px`; // what Nodes 2.0 goes by
+    growToFit(node);
+  });
+  observer.observe(text);
+  const onRemove = widget.onRemove;
+  widget.onRemove = function (...rest) {
+    observer.disconnect();
+    return onRemove?.apply(this, rest);
+  };
+  return widget;
+}
+
+function show(node, note) {
+  const widget = node.widgets?.find((one) => one.name === NOTE) ?? addNote(node);
+  widget.element.firstChild.textContent = note;
+  growToFit(node);
+}
 
 app.registerExtension({
-  name: "medsteer.VectorRecipe",
+  name: "medsteer.WhatARunLeaves",
   beforeRegisterNodeDef(nodeType, nodeData) {
     if (!nodeData.name.startsWith("MedSteer_")) return;
     const onExecuted = nodeType.prototype.onExecuted;
     nodeType.prototype.onExecuted = function (output, ...rest) {
-      const recipe = output?.[PROPERTY]?.[0];
-      if (recipe) this.properties[PROPERTY] = recipe;
-      return onExecuted?.call(this, output, ...rest);
+      const recipe = output?.[RECIPE]?.[0];
+      if (recipe) this.properties[RECIPE] = recipe;
+      const done = onExecuted?.call(this, output, ...rest);
+      const note = output?.[NOTE]?.[0];
+      if (note) show(this, note);
+      return done;
     };
   },
 });

@@ -10,13 +10,15 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..errors import MedSteerError
-from .judges import Classifier, Distance, Judges, Regressor, Segmenter
+
+if TYPE_CHECKING:
+    from .judges import Judges
 
 PATH = Path(__file__).parent / "weights" / "endophantom.safetensors"
 VAE_PATH = PATH.parent / "vae" / "endophantom_vae.safetensors"
@@ -49,6 +51,8 @@ class Bundle:
 
     def judges(self) -> Judges:
         """All judges, ready to judge images."""
+        from .judges import Classifier, Distance, Judges, Regressor, Segmenter  # loading the generator needs none
+
         classifier = _filled(Classifier(), self.part("classifier"))
         return Judges(
             classifier,

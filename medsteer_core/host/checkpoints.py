@@ -19,6 +19,7 @@ from comfy.model_patcher import ModelPatcher
 
 from .. import pixart_config, pixart_state
 from ..errors import MedSteerError
+from ..inside import shown
 from ..pixart_config import ALPHA, SIGMA
 from ..pixart_state import DIFFUSERS
 from . import pixart_files
@@ -63,8 +64,8 @@ def load_described(model_name: str, weight_dtype: str = "default", family: str =
     folder, _, name = model_name.partition("/")
     if folder not in FOLDERS or model_name not in model_names():
         raise MedSteerError(
-            f"There is no model '{model_name}'. Put the file into models/diffusion_models or models/checkpoints and "
-            "refresh the list (R)."
+            f"There is no model '{shown(model_name)}'. Put the file into models/diffusion_models or models/checkpoints "
+            "and refresh the list (R)."
         )
     if weight_dtype not in WEIGHT_DTYPES:
         raise MedSteerError(f"weight_dtype is '{weight_dtype}'; one of {', '.join(WEIGHT_DTYPES)} was expected.")

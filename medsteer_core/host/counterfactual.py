@@ -7,8 +7,8 @@ starts the blocks are equal, so only the first is evaluated; from there on all a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import comfy.model_management
@@ -24,6 +24,7 @@ from torch import Tensor
 from ..errors import MedSteerError
 from ..steering import SteeringPlan
 from ..token_map import TokenChange, mask_for_latent, threshold_mask
+from .pair_record import lock_of, records_of
 from .paired_conds import fit_to_block
 from .paired_noise import BlockSampler, check_pairable
 from .patch import in_blocks, plan_of, with_blocks
@@ -55,6 +56,7 @@ class PairRequest:
     threshold: float = 0.2
     dilation: int = 1
     noise: Any = None
+    texts: Mapping[str, str | None] = field(default_factory=dict)  # of positive and negative, where known
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +67,7 @@ class Pair:
     concept_map: (B, h, w) in image pixels, 1 where the steering acts most
     mask: (B, h, w), 1 where the image could change
     mask_source: "none", "user" or "concept map"; summary: all that in words
+    records: for each counterfactual how it was made (see pair_records.py)
     """
 
     factual: Tensor
@@ -73,6 +76,7 @@ class Pair:
     mask: Tensor
     mask_source: str
     summary: str
+    records: list[dict[str, Any]]
 
 
 def multiples_of(text: str) -> tuple[float, ...]:
@@ -112,6 +116,7 @@ def sample_pair(model: ModelPatcher, request: PairRequest) -> Pair:
         mask=run.enlarged(mask),
         mask_source=source,
         summary=_in_words(request, plan, images, source, float(mask.mean())),
+        records=records_of(model, plan, request, run.latents, run.noise, lock_of(request, allowed, source, images)),
     )
 
 
@@ -145,6 +150,7 @@ class _Run:
             )
         self.size = tuple(self.latents.shape[-2:])
         self.is_image = self.latents.ndim == 4
+        self.noise: Tensor | None = None  # of the last run
 
     def allowed(self) -> tuple[Tensor | None, str]:
         """The mask (B, H, W) in latent pixels, True where the image may change (None: anywhere), and its source."""
@@ -170,7 +176,7 @@ class _Run:
         guider.set_conds(request.positive, request.negative)
         guider.set_cfg(request.cfg)
         source = request.noise or Noise_RandomNoise(request.seed)
-        noise = source.generate_noise({**request.latent, "samples": self.latents})
+        noise = self.noise = source.generate_noise({**request.latent, "samples": self.latents})
         mask = request.latent.get("noise_mask")
         if mask is not None and mask.shape[0] > 1:
             mask = torch.cat([comfy.utils.repeat_to_batch_size(mask, len(self.latents))] * blocks)

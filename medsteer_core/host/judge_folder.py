@@ -1,16 +1,21 @@
-"""Judges that nodes can choose: EndoPhantom's own, none, and those in ``models/medsteer/judges``."""
+"""Judges that nodes can choose: EndoPhantom's own, none, and those in ``models/medsteer/judges``.
+
+What reads a judge is imported when one is read, so that ComfyUI's start does not wait for it.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import folder_paths
 
 from ..errors import MedSteerError
-from ..evaluate import embedded_judges
-from ..judge import Judge
-from ..judge_files import SUFFIXES, load_judge
+from ..inside import shown
 from .vector_folder import FOLDER, JUDGES
+
+if TYPE_CHECKING:
+    from ..judge import Judge
 
 EMBEDDED, NONE = "EndoPhantom", "none"
 
@@ -22,11 +27,11 @@ def names() -> list[str]:
 
 def problem(name: str) -> str:
     """Why a name can't be chosen; "" when it can."""
-    if name in names():
+    if isinstance(name, str) and name in names():
         return ""
     return (
-        f"There is no judge '{name}'; one of these was expected: {', '.join(names())}. Put a judge's folder into "
-        f"models/{FOLDER}/{JUDGES} and refresh the list (R)."
+        f"There is no judge '{shown(name)}'; one of these was expected: {', '.join(names())}. Put a judge's folder "
+        f"into models/{FOLDER}/{JUDGES} and refresh the list (R)."
     )
 
 
@@ -36,7 +41,13 @@ def judge_of(name: str) -> Judge | None:
         raise MedSteerError(found)
     if name == NONE:
         return None
-    return embedded_judges() if name == EMBEDDED else load_judge(_found()[name])
+    if name == EMBEDDED:
+        from ..evaluate import embedded_judges
+
+        return embedded_judges()
+    from ..judge_files import load_judge
+
+    return load_judge(_found()[name])
 
 
 def state(name: str) -> str:
@@ -45,7 +56,7 @@ def state(name: str) -> str:
     if path is None:
         return ""
     files = sorted(path.iterdir()) if path.is_dir() else [path, path.with_suffix(".json")]
-    return ";".join(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
+    return ";".join(f"{file.name} {_size_and_time(file)}" for file in files)
 
 
 def _found() -> dict[str, Path]:
@@ -53,7 +64,20 @@ def _found() -> dict[str, Path]:
     found: dict[str, Path] = {}
     for root in (Path(root) / JUDGES for root in roots):
         for path in sorted(root.iterdir()) if root.is_dir() else []:
-            weights = path.suffix in SUFFIXES and path.with_suffix(".json").is_file()
-            if weights or (path / "judge.json").is_file():
+            if _is_judge(path):
                 found.setdefault(path.name, path)
     return found
+
+
+def _size_and_time(file: Path) -> str:
+    try:
+        found = file.stat()
+    except OSError:  # a link to a file that is gone
+        return "gone"
+    return f"{found.st_size} {found.st_mtime_ns}"
+
+
+def _is_judge(path: Path) -> bool:
+    from ..judge_files import SUFFIXES
+
+    return (path.suffix in SUFFIXES and path.with_suffix(".json").is_file()) or (path / "judge.json").is_file()

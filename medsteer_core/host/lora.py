@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import peft_lora
 from ..errors import MedSteerError
+from ..inside import shown
 from ..peft_lora import CONFIG_FILE, PREFIX, WEIGHTS_FILE, PeftLora
 
 FOLDER = "loras"
@@ -62,13 +63,13 @@ def problem(name: str) -> str:
 def find(name: str) -> list[Path]:
     """The PEFT folders behind a listed name. Other names, such as paths that lead out of models/loras, are refused."""
     listed = {part.as_posix(): path for part, path in _part_folders().items()}
-    if name in listed:
+    if isinstance(name, str) and name in listed:
         return [listed[name]]
     children = [path for part, path in sorted(listed.items()) if PurePath(part).parent.as_posix() == name != "."]
     if not children:
         raise MedSteerError(
-            f"There is no PEFT LoRA '{name}'. Put its folder, with {WEIGHTS_FILE} and {CONFIG_FILE}, into models/loras "
-            "and refresh the list (R)."
+            f"There is no PEFT LoRA '{shown(name)}'. Put its folder, with {WEIGHTS_FILE} and {CONFIG_FILE}, into "
+            "models/loras and refresh the list (R)."
         )
     return children
 

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import ui
 
 
-def note(text: str, node_id: str | None, shown: str | None = None) -> ui.PreviewText:
-    """Show ``shown`` (or ``text``) on the node ``node_id`` in the browser; gives what puts ``text`` in the history."""
-    from server import PromptServer  # ComfyUI's web server; there is none where nodes run without it
+class Note(ui.PreviewText):
+    """``text`` for the run's history, and ``shown`` (or ``text``) for web/medsteer.js, which draws it on the node.
 
-    server = getattr(PromptServer, "instance", None)
-    if server is not None and node_id is not None:
-        server.send_progress_text(shown or text, node_id)
-    return ui.PreviewText(text)
+    A node that is no output node needs ``has_intermediate_output=True`` in its schema: only then does ComfyUI send
+    the note again when the node's result was cached, as after opening a workflow a second time.
+    """
+
+    def __init__(self, text: str, shown: str):
+        super().__init__(text)
+        self.shown = shown
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**super().as_dict(), "medsteer_note": (self.shown,)}
+
+
+def note(text: str, shown: str | None = None) -> Note:
+    """What a node gives as its ``ui`` to show ``text``, or ``shown`` in its place, on itself."""
+    return Note(text, shown or text)

@@ -42,7 +42,7 @@ class BlockSampler(comfy.samplers.Sampler):
         images = noise.shape[0] // self.blocks
         function, options = self.sampler.sampler_function, dict(self.sampler.extra_options)
         inpaint = dict(self.sampler.inpaint_options)
-        if _takes_noise(function) and options.get("noise_sampler") is None:
+        if takes_noise(function) and options.get("noise_sampler") is None:
             draw = _noise_sampler(function.__name__, noise[:images], sigmas, extra_args.get("seed"))
             options["noise_sampler"] = lambda *levels: _repeated(draw(*levels), self.blocks)
         return comfy.samplers.KSAMPLER(function, options, inpaint).sample(
@@ -65,7 +65,7 @@ def _why_not(sampler: Any, masked: bool) -> str:
     name = getattr(function, "__name__", type(sampler).__name__)
     if name in NOT_PAIRED:
         return NOT_PAIRED[name]
-    if function is None or not (function.__module__.startswith(KNOWN) or _takes_noise(function)):
+    if function is None or not (function.__module__.startswith(KNOWN) or takes_noise(function)):
         return f"{name} does not let its noise be given"
     if name.endswith("_cfg_pp"):
         return "it goes along the unconditional prediction as well, which neither the shared steps nor a lock have"
@@ -76,7 +76,8 @@ def _why_not(sampler: Any, masked: bool) -> str:
     return ""
 
 
-def _takes_noise(function: Callable) -> bool:
+def takes_noise(function: Callable) -> bool:
+    """Whether a sampler's function draws noise as it goes, and takes it from its caller."""
     return "noise_sampler" in inspect.signature(function).parameters
 
 

@@ -21,9 +21,11 @@ from torch import Tensor, nn
 
 from ..errors import MedSteerError
 from ..pathology_vector import PathologyVector
-from ..steering import ALL_ROWS, PreparedPlan, Steering, SteeringPlan
+from ..prepared_steering import PreparedPlan
+from ..steering import Steering, SteeringPlan
+from ..steering_rows import ALL_ROWS
 from .rows import INDEX_NAMES, block_rows, names_of_indices, names_of_uuids, row_finder
-from .sites import Found, find, find_sites, output_width
+from .sites import Found, find, find_sites, output_width, owns_its_output
 
 KEY = "medsteer"
 _PLAN, _OBSERVERS, _RUN = "medsteer_plan", "medsteer_observers", "medsteer_run"
@@ -66,6 +68,18 @@ class _Run:
         self.index_names: tuple[str, ...] = INDEX_NAMES
         self.size: tuple[int, ...] | None = None  # of the latent whose areas the model calls see
         self._found: dict[int, Found] = {}
+        self._level: tuple[Tensor, float] | None = None
+
+    def begin_prediction(self) -> None:
+        """Model calls of another prediction begin: what was known of the last ones' noise level is forgotten."""
+        self._level = None
+
+    def level(self, sigmas: Tensor) -> float:
+        """The noise level of a model call. The calls of one prediction share a tensor, so it is waited for once."""
+        level = self._level
+        if level is None or level[0] is not sigmas:
+            level = self._level = sigmas, float(sigmas.max())
+        return level[1]
 
     def found(self, diffusion_model: nn.Module) -> Found:
         """The model's family and sites, found once a run for each device's model."""
@@ -186,6 +200,7 @@ def _calc_cond_batch(executor: Callable, model: Any, conds: list, x: Tensor, tim
     """Learn which conditioning each index of the coming model calls means; guiders order them as they like."""
     run = model_options.get("transformer_options", {}).get(_RUN)
     if run is not None:
+        run.begin_prediction()
         run.size = tuple(x.shape[2:])
         if run.conds:
             run.index_names = names_of_indices(conds, run.conds)
@@ -198,7 +213,7 @@ def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, 
     run = options.get(_RUN) or _Run(options.get(_PLAN, SteeringPlan()), options.get(_BLOCKS))
     base_model = executor.class_obj
     sigmas = options.get("sigmas")
-    sigma = float(t.max() if sigmas is None else sigmas.max())
+    sigma = run.level(t if sigmas is None else sigmas)
     observers: dict[str, Observer] = options.get(_OBSERVERS, {}) if sigma > 0 else {}
     blocks = run.prepared[: options.get(_BLOCKS_NOW, len(run.prepared))]
     shown = [run.shown] if run.shown is not None else []
@@ -206,37 +221,52 @@ def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, 
     active = {site: None for plan in (*blocks, *shown) for site in plan.prepare(sigma, *form)} if sigma > 0 else {}
     if not active and not observers:
         return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
-    found = run.found(base_model.diffusion_model)
     rows = row_finder(x.shape[0], options, run.uuid_names, run.index_names)
+    watching = [(observer, ranges) for cond, observer in observers.items() if (ranges := rows(cond))]
+    if not active and not watching:
+        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+    found = run.found(base_model.diffusion_model)
     parts = [block_rows(rows, x.shape[0], options, index, len(blocks)) for index in range(len(blocks))]
 
     size = tuple(x.shape[2:])
     is_part = run.size is not None and size != run.size
     _check_masks(blocks, x.shape[0] // len(options.get("cond_or_uncond") or [0]) // len(blocks), is_part)
+    steering = [plan.for_call(*where, size) for plan, where in zip(blocks, parts, strict=True)]
+    # The map is of the whole image: a call for an area of it is no part of that.
+    mapped = parts[0][0]("positive") if shown and not is_part else ()
+    mapping = run.shown.for_call(lambda _name: None, None, size) if mapped else None
 
-    def visit(name: str, output: Tensor) -> Tensor:
+    def visit(name: str, output: Tensor, owned: bool) -> Tensor:
         _check_rows(name, output, x.shape[0])
         if name in active:
-            # The map is of the whole image: a call for an area of it is no part of that.
-            for start, stop in parts[0][0]("positive") if shown and not is_part else ():
+            for start, stop in mapped:
                 before = output[start:stop]
-                run.changes.observe(before, run.shown.apply(name, before, lambda _name: None, None, size))
-            for plan, (named, everything) in zip(blocks, parts, strict=True):
-                output = plan.apply(name, output, named, everything, size)
-        for cond, observer in observers.items():
-            for start, stop in rows(cond):
+                run.changes.observe(before, mapping.apply(name, before))
+            in_place = owned and _is_free(output)
+            for call in steering:
+                output = call.apply(name, output, in_place)
+        for observer, ranges in watching:
+            for start, stop in ranges:
                 observer.observe(name, sigma, output[start:stop])
         return output
 
-    hooked = {name: found.sites[name] for name in (found.sites if observers else active)}
+    hooked = {name: (found.sites[name], found.fresh[name]) for name in (found.sites if watching else active)}
     with _uncompiled(options), _hooks(hooked, _rows_first(visit) if found.family.tokens_first else visit):
         return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
 
-def _rows_first(visit: Callable[[str, Tensor], Tensor]) -> Callable[[str, Tensor], Tensor]:
+_Visit = Callable[[str, Tensor, bool], Tensor]  # (site, its output, whether nobody else holds that) -> new output
+
+
+def _rows_first(visit: _Visit) -> _Visit:
     """`visit` for sites that give (tokens, rows, channels): it sees them as (rows, tokens, channels)."""
 
-    return lambda name, output: visit(name, output.transpose(0, 1)).transpose(0, 1)
+    return lambda name, output, owned: visit(name, output.transpose(0, 1), owned).transpose(0, 1)
+
+
+def _is_free(output: Tensor) -> bool:
+    """Whether an output that nobody else holds can be written into: no gradient wants what it was."""
+    return type(output) is Tensor and not output.requires_grad and output.is_contiguous()
 
 
 def _check_rows(name: str, output: Tensor, rows: int) -> None:
@@ -269,11 +299,16 @@ def _uncompiled(options: dict[str, Any]) -> AbstractContextManager:
 
 
 @contextmanager
-def _hooks(sites: dict[str, nn.Module], visit: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+def _hooks(sites: dict[str, tuple[nn.Module, tuple[nn.Module, ...]]], visit: _Visit) -> Iterator[None]:
+    """Hooks on sites, each given with its `fresh_layers`."""
     handles = []
+
+    def hook(name: str, owned: bool) -> Callable:
+        return lambda _module, _args, output: visit(name, output, owned)
+
     try:
-        for name, module in sites.items():
-            handles.append(module.register_forward_hook(lambda _m, _args, out, name=name: visit(name, out)))
+        for name, (module, fresh) in sites.items():
+            handles.append(module.register_forward_hook(hook(name, owns_its_output(fresh))))
         yield
     finally:
         for handle in handles:

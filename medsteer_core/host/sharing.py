@@ -19,4 +19,4 @@ def shown_with_recipe(hidden: Any, vector: PathologyVector, name: str, text: str
     made = recipe(vector, name)
     if isinstance(hidden.extra_pnginfo, dict):
         hidden.extra_pnginfo.setdefault(KEY, {})[made["vector"]] = made
-    return {**note(text, hidden.unique_id).as_dict(), "medsteer_recipe": (made,)}
+    return {**note(text).as_dict(), "medsteer_recipe": (made,)}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import folder_paths
 
 from .. import reference_files, vector_file
 from ..errors import MedSteerError
+from ..inside import name_parts, path_inside, shown
 from ..pathology_vector import PathologyVector
 from ..reference_files import NPZ_SUFFIX, PICKLE_SUFFIXES
 from ..reference_vectors import from_vector
@@ -76,13 +76,14 @@ def find_reference(name: str) -> Path:
 
 
 def _find(name: str, listed: list[str], otherwise: str = "") -> Path:
-    if name not in listed:
+    if not isinstance(name, str) or name not in listed:
         raise MedSteerError(
-            f"There is no vector '{name}'. Put the file into models/medsteer (or upload it to the input folder) and "
-            f"refresh the list (R){otherwise}."
+            f"There is no vector '{shown(name)}'. Put the file into models/medsteer (or upload it to the input folder) "
+            f"and refresh the list (R){otherwise}."
         )
     if name.startswith(UPLOADED):
-        path = Path(folder_paths.get_input_directory()) / name.removeprefix(UPLOADED)
+        # What is uploaded is a file; a link among the uploads was put there by something else.
+        path = path_inside(Path(folder_paths.get_input_directory()), [name.removeprefix(UPLOADED)], "the input folder")
         if path.is_file():
             return path
     return Path(folder_paths.get_full_path_or_raise(FOLDER, name))
@@ -90,13 +91,17 @@ def _find(name: str, listed: list[str], otherwise: str = "") -> Path:
 
 def file_hash(name: str) -> str:
     """Hash of a vector file's bytes, so that a changed file is read again."""
-    return hashlib.sha256(find(name).read_bytes()).hexdigest()
+    return _hash(find(name))
 
 
 def reference_hash(name: str) -> str:
     """The same for a published file."""
-    with open(find_reference(name), "rb") as file:
-        digest = hashlib.sha256()
+    return _hash(find_reference(name))
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
         while part := file.read(1 << 20):  # such a file may be anything, and of any size
             digest.update(part)
     return digest.hexdigest()
@@ -123,15 +128,8 @@ def export(vector: PathologyVector, prefix: str) -> str:
 
 def _target(vector: PathologyVector, prefix: str, suffix: str) -> tuple[Path, Path]:
     """The folder ``models/medsteer`` and the file to write in it, whose own folder exists."""
-    parts = [part for part in re.split(r"[\\/]", prefix.strip()) if part]
-    if not parts or any(part in (".", "..") or re.search(r'[<>:"|?*\x00-\x1f]', part) for part in parts):
-        raise MedSteerError(
-            f"filename_prefix is '{prefix}'; a name such as 'polyps' or 'colon/polyps' was expected: no '..', drive, "
-            'and none of < > : " | ? *.'
-        )
+    parts = name_parts(prefix, "filename_prefix")
     root = Path(folder_paths.get_folder_paths(FOLDER)[0])
-    path = root.joinpath(*parts[:-1], f"{parts[-1]}_{vector.short_hash()}{suffix}")
+    path = path_inside(root, (*parts[:-1], f"{parts[-1]}_{vector.short_hash()}{suffix}"), f"models/{FOLDER}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.resolve().is_relative_to(root.resolve()):
-        raise MedSteerError(f"filename_prefix '{prefix}' leads out of models/medsteer; choose a name inside it.")
     return root, path

@@ -23,6 +23,7 @@ SETTINGS = {
     "Comfy.TutorialCompleted": True,
     "Comfy.Minimap.Visible": False,
     "Comfy.RightSidePanel.IsOpen": False,
+    "Comfy.VueNodes.Enabled": False,
 }
 NOT_FOUND = "Failed to load resource: the server responded with a status of 404 (Not Found)"
 # A fresh profile shows ComfyUI's own first graph; it asks for the sizes of two models there, which its page forbids.

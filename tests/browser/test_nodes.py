@@ -1,12 +1,20 @@
-"""What a node shows beside its inputs: its help page, and its error."""
+"""What a node shows beside its inputs: its help page, what a run did, and its error."""
 
 import io
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 DOCS = Path(__file__).resolve().parents[2] / "web" / "docs"
 EXAMPLE = DOCS.parents[1] / "example_workflows" / "counterfactual_pair.json"
+# Of each node of the pack on the canvas: the text that it shows, and by how many pixels the text is cut.
+NOTES = """() => Object.fromEntries(app.graph._nodes.flatMap(node => {
+  const note = node.widgets?.find(widget => widget.name === 'medsteer_note')?.element;
+  if (!note) return [];
+  const shown = note.isConnected && note.clientHeight > 0;
+  return [[node.type, {text: note.textContent, cut: shown ? note.scrollHeight - note.clientHeight : null}]];
+}))"""
 EXTRACT, STEER = "MedSteer_ExtractPathologyVector", "MedSteer_Steer"
 
 
@@ -27,6 +35,30 @@ def test_the_help_page_opens_from_the_node(front):
     title = (DOCS / f"{STEER}.md").read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
     panel.get_by_role("heading", name=title, exact=True).first.wait_for()
     front.picture("help_page_of_steer")
+    assert front.errors() == []
+
+
+@pytest.mark.parametrize("nodes_2", [False, True], ids=["canvas", "nodes_2"])
+def test_what_a_run_did_stands_whole_on_its_nodes_and_comes_back_when_all_was_cached(front, nodes_2):
+    front.page.evaluate("on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", nodes_2)
+    notes = []
+    for _ in range(2):
+        front.clear()
+        front.drop(EXAMPLE)
+        assert front.page.evaluate(NOTES) == {}
+        entry = front.run()
+        assert entry["status"]["status_str"] == "success", entry["status"]["messages"]
+        front.page.wait_for_function(f"Object.keys(({NOTES})()).length === 4")
+        front.show(EXTRACT, 0.7)
+        front.picture(f"notes_on_{'nodes_2' if nodes_2 else 'the_canvas'}")
+        notes.append(front.page.evaluate(NOTES))
+    cached = dict(entry["status"]["messages"])["execution_cached"]["nodes"]
+    assert set(cached) >= set(entry["prompt"][2]), "the second run had something to do"
+    first, again = ({node: note["text"] for node, note in one.items()} for one in notes)
+    assert set(first) == {EXTRACT, STEER, "MedSteer_CounterfactualSampler", "MedSteer_CounterfactualCompare"}
+    assert "8 sites" in first[EXTRACT] and "affine at 8 of 8 sites" in first[STEER]
+    assert again == first
+    assert {note["cut"] for one in notes for note in one.values()} == {0}
     assert front.errors() == []
 
 

@@ -39,6 +39,7 @@ def test_the_packs_templates_are_listed_with_their_thumbnails(front):
 def test_a_template_opens_whole_and_as_it_was_saved(front, path):
     front.open_template(PACK, path.stem)
     front.picture(f"opened_{path.stem}")
+    assert not front.page.evaluate("app.canvas.low_quality"), "it opens at a zoom at which no text is drawn"
     assert front.missing_types() == []
     assert front.toasts() == ""
     saved = json.loads(path.read_text(encoding="utf-8"))

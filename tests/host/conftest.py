@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from benchmarks._probe import Probed, probed_server
 from medsteer_core.client import ComfyClient
 from medsteer_core.server import ComfyServer, comfyui_from_environment, signals_as_interrupt
 
@@ -29,3 +30,10 @@ def comfy_server(checkout) -> Iterator[ComfyServer]:
 def comfy(comfy_server) -> ComfyClient:
     """A client of the running server: `comfy.run(workflow)` gives a Result, `comfy.object_info()` the nodes."""
     return ComfyClient(comfy_server.address)
+
+
+@pytest.fixture(scope="session")
+def probed() -> Iterator[Probed]:
+    """Another server with a second pack in it, which counts what lives there and can hold or break a model call."""
+    with probed_server(cpu=True, extra=("--cache-classic",)) as server:
+        yield server

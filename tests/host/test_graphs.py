@@ -37,10 +37,11 @@ SCHEMA = {
     ),
     "MedSteer_ExportPathologyVector": (["vector", "filename_prefix"], ["STRING"]),
     "MedSteer_CombineVectors": (["a", "b", "how", "weight_a", "weight_b"], ["MEDSTEER_VECTOR", "STRING"]),
+    "MedSteer_RandomDirection": (["vector", "seed", "within_class"], ["MEDSTEER_VECTOR", "STRING"]),
     "MedSteer_CounterfactualSampler": (
         ["model", "positive", "negative", "latent_image", "seed", "steps", "cfg", "sampler_name", "scheduler",
          "strengths", "lock", "lock_threshold", "lock_dilation", "sampler", "sigmas", "noise", "mask"],
-        ["LATENT", "LATENT", "MASK", "MASK", "STRING"],
+        ["LATENT", "LATENT", "MASK", "MASK", "STRING", "MEDSTEER_RECORD"],
     ),
     "MedSteer_PixArtSigmas": (["steps", "denoise"], ["SIGMAS"]),
     "MedSteer_Steer": (
@@ -53,6 +54,16 @@ SCHEMA = {
     "MedSteer_StrengthSweep": (
         ["factual", "counterfactual", "strengths", "judge", "source_class", "target_class"],
         ["IMAGE", "STRING", "STRING"],
+    ),
+    "MedSteer_SaveCounterfactualPairs": (
+        ["factual", "counterfactual", "record", "folder", "source_class", "target_class", "split", "judge", "boxes",
+         "metadata", "arm", "finding_in", "validation_fraction", "test_fraction", "mask"],
+        ["STRING", "STRING"],
+    ),
+    "MedSteer_EvaluatePairs": (
+        ["factual", "counterfactual", "judge", "source_class", "target_class", "mask", "strength_0",
+         "random_direction", "reprompted"],
+        ["STRING", "STRING", "IMAGE"],
     ),
 }  # fmt: skip
 

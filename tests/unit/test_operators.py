@@ -475,3 +475,39 @@ def test_unknown_names_parameters_and_goals_are_errors():
         Add(1.0, "sideways")
     with pytest.raises(MedSteerError, match="set: toward is 'sideways'; 'present' or 'absent' was expected"):
         SetPoint(1.0, "sideways")
+
+
+# In place
+
+
+IN_PLACE = [
+    Suppress(2.0), Suppress(1.5), Suppress(1.0, False), Ablate(), Ablate(True), Add(0.5), Add(0.5, "absent", True),
+    SetPoint(0.5), SetPoint(1.0, "present", True), Switch(1.0), Switch(1.5, True), Affine(1.5), Affine(1.5, 1.0, True),
+]  # fmt: skip
+
+
+def full_step(dtype):
+    generator = torch.Generator().manual_seed(4)
+    d, target = (torch.linalg.qr(torch.randn(16, 2, generator=generator)).Q.mT.contiguous() for _ in range(2))
+    readers, offsets = torch.randn(2, 16, generator=generator), torch.randn(2, generator=generator)
+    step = StepDirection(d, torch.tensor([1.0, 2.0]), torch.tensor([[1.0, 2.0], [-1.0, 0.5]]), readers, offsets, target)
+    return step.cast(torch.device("cpu"), dtype)
+
+
+@pytest.mark.parametrize("operator", IN_PLACE, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_in_place_changes_the_activation_itself_into_what_a_new_one_would_be(operator, dtype):
+    a = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(5)).to(dtype)
+    before, step = a.clone(), full_step(dtype)
+    wanted = operator(a, step)
+    assert torch.equal(a, before)  # out of place the activation stays what it was
+    assert operator(a, step, in_place=True) is a
+    torch.testing.assert_close(a, wanted)
+    assert not torch.equal(a, before)
+
+
+@pytest.mark.parametrize("operator", [one for one in IN_PLACE if not isinstance(one, Add)], ids=str)
+def test_in_place_refuses_an_activation_of_which_it_would_change_a_copy(operator):
+    a = torch.randn(5, 3, 16).transpose(0, 1)
+    with pytest.raises(RuntimeError, match="view size is not compatible"):
+        operator(a, full_step(torch.float32), in_place=True)

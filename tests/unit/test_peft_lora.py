@@ -9,8 +9,10 @@ from safetensors.torch import save, save_file
 
 from medsteer_core.errors import MedSteerError
 from medsteer_core.peft_lora import CONFIG_FILE, HEEDED, REFUSED, WEIGHTS_FILE, pattern_value, read
+from medsteer_core.peft_patterns import Clock
 
 NAME = "transformer_blocks.0.attn1.to_q"
+CLOCK = Clock(CONFIG_FILE)
 CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["to_q"], "bias": "none"}
 
 
@@ -96,11 +98,11 @@ def test_the_scale_is_alpha_over_rank_or_over_its_root(write, options, scale):
     ],
 )
 def test_a_pattern_matches_whole_names_behind_a_dot(pattern, matches):
-    assert pattern_value({pattern: "special"}, NAME, "default") == ("special" if matches else "default")
+    assert pattern_value({pattern: "special"}, NAME, "default", CLOCK) == ("special" if matches else "default")
 
 
 def test_the_first_pattern_that_matches_counts():
-    assert pattern_value({"to_k": 1, "to_q": 2, "attn1.to_q": 3}, NAME, 0) == 2
+    assert pattern_value({"to_k": 1, "to_q": 2, "attn1.to_q": 3}, NAME, 0, CLOCK) == 2
 
 
 @pytest.mark.parametrize(
@@ -109,7 +111,7 @@ def test_the_first_pattern_that_matches_counts():
 def test_patterns_match_as_pefts_own_rule_does(pattern):
     other = pytest.importorskip("peft.utils.other")
     key = other.get_pattern_key([pattern], NAME)
-    assert pattern_value({pattern: "special"}, NAME, "default") == {pattern: "special"}.get(key, "default")
+    assert pattern_value({pattern: "special"}, NAME, "default", CLOCK) == {pattern: "special"}.get(key, "default")
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,8 @@ def test_a_pack_that_cannot_be_imported_is_an_error(stand_in, pack):
 @pytest.mark.parametrize("number", [] if os.name == "nt" else [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_program_stops_its_server(stand_in, pack, checkout, number):
     program = (
-        "import sys, time, json, urllib.request\n"
+        "import signal, sys, time, json, urllib.request\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # as on a terminal, also where it is ignored
         "from medsteer_core.server import ComfyServer\n"
         "with ComfyServer(sys.argv[1], sys.argv[2], cpu=True) as server:\n"
         "    told = json.load(urllib.request.urlopen(server.address + '/object_info'))\n"
@@ -147,3 +148,36 @@ def test_the_address_is_one_that_this_machine_can_open(stand_in, pack):
     seen = {"0.0.0.0": "http://127.0.0.1:8", "::1": "http://[::1]:8", "10.0.0.1,::": "http://10.0.0.1:8"}
     for listen, address in seen.items():
         assert ComfyServer(stand_in, pack, port=8, listen=listen).address == address
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+def test_a_killed_program_takes_its_server_and_its_folder_along(stand_in, pack, checkout):
+    program = (
+        "import signal, sys, time, json, urllib.request\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # as on a terminal, also where it is ignored
+        "from medsteer_core.server import ComfyServer\n"
+        "with ComfyServer(sys.argv[1], sys.argv[2], cpu=True) as server:\n"
+        "    told = json.load(urllib.request.urlopen(server.address + '/object_info'))\n"
+        "    print(told['pid'], server.base, flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", program, str(stand_in), str(pack)]
+    ours = subprocess.Popen(command, cwd=checkout, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    pid, base = ours.stdout.readline().split()
+    os.kill(int(pid), signal.SIGSTOP)  # a server that hangs hears no request to end
+    ours.kill()
+    begun = time.monotonic()
+    while (not gone(int(pid)) or os.path.exists(base)) and time.monotonic() - begun < 10:
+        time.sleep(0.05)
+    assert gone(int(pid)) and not os.path.exists(base)
+    assert (pack / "__init__.py").read_text() == "precious = True"
+
+
+def test_a_server_that_was_stopped_leaves_no_watch_behind(stand_in, pack):
+    with ComfyServer(stand_in, pack, cpu=True) as server:
+        watch = psutil.Process(server._watch.pid)
+        assert "orphan_watch" in " ".join(watch.cmdline())
+        # Ray kills the children of a worker that it ends, and the watch is to outlive them.
+        assert watch not in psutil.Process().children(recursive=True)
+    psutil.wait_procs([watch], 5)
+    assert gone(watch.pid)

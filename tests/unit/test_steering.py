@@ -8,8 +8,10 @@ import torch
 from medsteer_core.errors import MedSteerError
 from medsteer_core.operators import Ablate, Add, Affine, Suppress, Switch, ablate, affine, suppress
 from medsteer_core.pathology_vector import PathologyVector, SiteDirections
+from medsteer_core.prepared_steering import PreparedPlan
 from medsteer_core.schedule import SigmaWindow, StrengthCurve
-from medsteer_core.steering import PreparedPlan, Steering, SteeringPlan, apply_steering
+from medsteer_core.steering import Steering, SteeringPlan
+from medsteer_core.steering_rows import apply_steering, steer_parts
 
 NAMES = ("b.0", "b.1", "b.2")
 ALWAYS = SigmaWindow()
@@ -67,6 +69,22 @@ def test_the_input_is_never_changed():
     for rows in (None, [slice(0, 2)]):
         assert apply_steering(a, Suppress(), step, rows) is not a
     assert torch.equal(a, before)
+
+
+@pytest.mark.parametrize("rows", [None, [(1, 2), (3, 4)], []])
+@pytest.mark.parametrize("weights", [None, torch.rand(2, 5, 1, generator=torch.Generator().manual_seed(0))])
+def test_in_place_the_input_becomes_what_a_new_tensor_would_be(rows, weights):
+    a, step = activation(), make_vector().at("b.0", 4.0)
+    wanted = apply_steering(a, Suppress(1.5), step, rows, weights)
+    assert apply_steering(a, Suppress(1.5), step, rows, weights, in_place=True) is a
+    torch.testing.assert_close(a, wanted)
+
+
+def test_rows_are_kept_in_place_even_of_an_operator_that_makes_a_new_tensor():
+    a, step = activation(), make_vector().at("b.0", 4.0)
+    steered = steer_parts(a.clone(), lambda part, _step, _in_place: part + 1, step, [slice(1, 2)], in_place=True)
+    torch.testing.assert_close(steered[1], a[1] + 1)
+    assert torch.equal(steered[[0, 2, 3]], a[[0, 2, 3]])
 
 
 @pytest.mark.parametrize("rows", [(0, 5), (-1, 2), (3, 2), slice(0, 4, 2)])

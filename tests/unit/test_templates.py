@@ -15,6 +15,10 @@ FOLDER = Path(__file__).resolve().parents[2] / "example_workflows"
 TEMPLATES = sorted(FOLDER.glob("*.json"))
 TITLE, SLOT, REACH = 30, 20, 80  # pixels: a title bar, the distance of slots, how far a way point bends its link
 NOTES = {"Note", "MarkdownNote"}
+# The front end fits a template's nodes, with a margin of 10, into three quarters of the canvas, and draws a node's text
+# of 14 pixels only where it comes out at 8 or more.
+TEXT_FROM, FILLED, TABS = 8 / 14, 0.75, 38
+WINDOWS = {"pixart_kvasir_counterfactual": (1920, 1080)}  # it has four loaders more; the others open in 1600 x 900
 
 every_template = pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
 
@@ -128,6 +132,15 @@ def test_every_node_lies_in_a_group_or_is_a_note(path):
     assert set(loose) <= NOTES
     clashes = [(i, j) for i, first in enumerate(groups) for j, second in enumerate(groups[:i]) if first.meets(second)]
     assert groups and not clashes
+
+
+@every_template
+def test_it_opens_at_a_zoom_at_which_its_texts_are_drawn(path):
+    boxes = [Box.of(node) for node in read(path)["nodes"]]
+    across = max(box.right for box in boxes) - min(box.left for box in boxes) + 20
+    down = max(box.bottom for box in boxes) - min(box.top for box in boxes) + 20
+    width, height = WINDOWS.get(path.stem, (1600, 900))
+    assert FILLED * min(width / across, (height - TABS) / down) > TEXT_FROM
 
 
 @every_template

@@ -76,6 +76,11 @@ def with_readers(vector, seed=3):
     return PathologyVector(sites, vector.sigmas, vector.provenance, vector.flow)
 
 
+def test_the_same_vector_is_the_same_file_each_time(tmp_path):
+    vector = make_vector()
+    assert len({save(vector, tmp_path / f"{i}.safetensors").read_bytes() for i in range(10)}) == 1
+
+
 def test_readers_and_offsets_come_back_bit_by_bit(tmp_path):
     vector = with_readers(make_vector((8, 8), 4, 3))
     path = save(vector, tmp_path / "v.safetensors")

@@ -36,8 +36,15 @@ def _load_pack(name: str = "medsteer_pack") -> None:
 _BASE = tempfile.TemporaryDirectory(prefix="medsteer-", ignore_cleanup_errors=True)
 _enter_comfyui()
 _load_pack()
+_WITH_THE_PACK = {name: module for name, module in sys.modules.items() if name.startswith("medsteer_pack.")}
 # For `import tiny`; at the end, so that it hides nothing of ComfyUI's.
 sys.path.append(str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def pack_modules():
+    """The modules that came with the pack, by name, before any test imported more."""
+    return _WITH_THE_PACK
 
 
 @pytest.fixture(scope="session")

@@ -266,7 +266,8 @@ def test_the_node_gives_latents_masks_and_words(pixart):
         cfg=3.0, sampler_name="euler", scheduler="normal", strengths="1", lock=counterfactual.OPEN,
         lock_threshold=0.3, lock_dilation=1,
     ).result  # fmt: skip
-    factual, other, concept_map, mask, summary = result
+    factual, other, concept_map, mask, summary, (record,) = result
+    assert record["made"]["seed"] == 3 and record["made"]["steering"][0]["operator"] == "suppress"
     assert factual["samples"].shape == other["samples"].shape == (1, 4, 8, 8)
     assert concept_map.shape == mask.shape == (1, 64, 64) and "mask_source: none" in summary
 

@@ -19,7 +19,7 @@ from comfy.ldm.wan.model_animate import AnimateWanModel
 from medsteer_pack.medsteer_core.errors import MedSteerError
 from medsteer_pack.medsteer_core.host import extraction, patch, sampling, steer
 from medsteer_pack.medsteer_core.host.families import FAMILIES
-from medsteer_pack.medsteer_core.host.sites import family_name, find, find_sites, output_width
+from medsteer_pack.medsteer_core.host.sites import family_name, find, find_sites, output_width, owns_its_output
 
 ERRORS = [RuntimeError, comfy.model_management.InterruptProcessingException]
 
@@ -78,6 +78,39 @@ def test_the_sites_are_the_text_cross_attentions_in_execution_order(small, model
     for handle in handles:
         handle.remove()
     assert tuple(ran) == small.sites
+
+
+def test_a_site_gives_a_tensor_of_its_own_so_that_steering_may_write_into_it(small, model):
+    """Neither an input, a weight, nor what another site or call gave shares its memory."""
+    network = model.model.diffusion_model
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*network.parameters(), *network.buffers())}
+    given = []  # kept alive, so that no memory is used twice
+
+    def look(_module, args, output):
+        inputs = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, torch.Tensor)}
+        given.append(output)
+        assert type(output) is torch.Tensor and not output.requires_grad
+        assert output.untyped_storage().data_ptr() not in inputs | weights
+        assert output.untyped_storage().nbytes() == output.numel() * output.element_size()
+
+    sites = find(network).sites.values()
+    handles = [site.register_forward_hook(look) for site in sites]
+    try:
+        run(small, model, steps=1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert len(given) >= len(small.sites)
+    assert len({output.untyped_storage().data_ptr() for output in given}) == len(given)
+    assert all(owns_its_output(fresh) for fresh in find(network).fresh.values())
+
+
+def test_steering_in_place_gives_what_steering_a_copy_gives(small, model, vector, monkeypatch):
+    steered = tiny.steered(model, vector, operator="suppress", strength=2.0, keep_norm=False)
+    in_place = run(small, steered)
+    monkeypatch.setattr(patch, "owns_its_output", lambda fresh: False)
+    copied = run(small, steered)
+    assert apart(copied, in_place) < 1e-5
 
 
 def test_a_site_gives_rows_and_tokens_and_says_its_width(small, model):

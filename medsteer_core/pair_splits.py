@@ -1,0 +1,70 @@
+"""Which split a pair belongs to: by the noise that it grew from, so that no split knows another's images.
+
+Pairs of one group share their noise (or the image that they started from), whatever their prompts and strengths are.
+Noise that a vector was made from may only be trained on: a score on it would flatter the vector.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from .errors import MedSteerError
+from .pair_records import SPLITS
+
+AUTO = "auto"
+CHOICES = (AUTO, *SPLITS)
+
+
+def split_of(group_id: str, split: str, validation: float, test: float) -> str:
+    """The split of a group: the one named, or for `AUTO` the one that a hash of the group falls into.
+
+    ``validation`` and ``test`` are shares of the groups, at least 0 and together at most 1. Raises MedSteerError.
+    """
+    if split in SPLITS:
+        return split
+    if split != AUTO:
+        raise MedSteerError(f"split is '{split}'; one of {', '.join(CHOICES)} was expected.")
+    if not (validation >= 0 and test >= 0 and validation + test <= 1):
+        raise MedSteerError(
+            f"validation_fraction is {validation:g} and test_fraction {test:g}; shares of at least 0 and together at "
+            "most 1 were expected."
+        )
+    place = int.from_bytes(hashlib.sha256(f"split of {group_id}".encode()).digest()[:8], "big") / 2**64
+    return "test" if place < test else "validation" if place < test + validation else "train"
+
+
+def check_unseen(made: Mapping[str, Any], split: str) -> None:
+    """Raise MedSteerError when a pair is to be evaluated on noise that one of its vectors was made from."""
+    if split == "train":
+        return
+    seed, index, shape = made.get("seed"), made.get("batch_index"), list(made.get("latent_shape") or [])
+    for used_seed, indices, used_shape in _noises(made.get("steering", [])):
+        if seed == used_seed and index in indices and (not used_shape or list(used_shape) == shape):
+            raise MedSteerError(
+                f"The noise of seed {seed}, image {index} made the vector of this pair, so the pair can't stand in the "
+                f"split '{split}'. Sample the pair from another seed (or extract the vector with one), or set split to "
+                "train."
+            )
+
+
+def _noises(value: Any) -> Iterator[tuple[int, Any, list[int]]]:
+    """Seed, images and latent shape ([]: unknown) of every extraction that a value tells of, parts of vectors too."""
+    if isinstance(value, Mapping):
+        indices = value.get("noise_indices")
+        if isinstance(indices, Mapping) and "seed" in value:
+            for numbers in indices.values():
+                yield value["seed"], range(*numbers), value.get("latent_shape") or []
+        for seed in value.get("seeds") or () if isinstance(value.get("seeds"), list) else ():
+            yield seed, range(1), []  # an imported vector's: one image for each seed
+        for part in value.values():
+            yield from _noises(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _noises(part)
+
+
+def group_file(key: str) -> str:
+    """The file in the dataset's folder that says in which split a group stands."""
+    return f"groups/{key[:2]}/{key}.txt"

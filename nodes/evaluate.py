@@ -1,0 +1,189 @@
+"""The nodes that tell an effect from a control: an evaluation of pairs, and a vector of drawn directions."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from comfy_api.latest import io, ui
+
+from ..medsteer_core.host import judge_folder
+from ..medsteer_core.host.notes import note
+from ..medsteer_core.image_pairs import channels_first
+from ..medsteer_core.pair_records import COUNTERFACTUAL, RANDOM, REPROMPT, STRENGTH_ZERO
+from .types import CATEGORY, Vector
+
+_CONCEPT_MAP, _MASK = 2, 3  # Counterfactual Sampler's outputs by their place
+
+
+class EvaluatePairs(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MedSteer_EvaluatePairs",
+            display_name="Evaluate Pairs",
+            category=f"{CATEGORY}/evaluate",
+            description="Measures flip rate, score change and kept structure of pairs and of their controls.",
+            search_aliases=["flip rate", "judge", "control", "null test", "lpips", "ssim", "psnr", "medsteer"],
+            inputs=[
+                io.Image.Input("factual", tooltip="The unsteered images."),
+                io.Image.Input("counterfactual", tooltip="The steered images: one for each factual image."),
+                io.Combo.Input(
+                    "judge",
+                    options=[name for name in judge_folder.names() if name != judge_folder.NONE],
+                    default=judge_folder.EMBEDDED,
+                    tooltip=(
+                        "Who scores. EndoPhantom: its own judge, which knows its drawings only. Others are in "
+                        "models/medsteer/judges."
+                    ),
+                ),
+                io.String.Input(
+                    "source_class", default="polyps", tooltip="The class of the factual images, as the judge calls it."
+                ),
+                io.String.Input("target_class", default="normal cecum", tooltip="The class that they should become."),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip=(
+                        "Where the finding is, one or one for each pair: Counterfactual Sampler's concept_map, or your "
+                        "own. It counts where the judge marks no findings."
+                    ),
+                ),
+                io.Image.Input(
+                    "strength_0",
+                    optional=True,
+                    tooltip="Control: of strengths 0, 1 the images of 0. Must be identical to the factual images.",
+                ),
+                io.Image.Input(
+                    "random_direction",
+                    optional=True,
+                    tooltip="Control: steered the same way with a vector from Random Direction. Should flip less.",
+                ),
+                io.Image.Input(
+                    "reprompted",
+                    optional=True,
+                    tooltip="Control: the target's prompt at the same seed, from KSampler. Should keep less.",
+                ),
+            ],
+            outputs=[
+                io.String.Output("report", tooltip="Every number of every arm and pair, as JSON."),
+                io.String.Output("table", tooltip="A row for each arm as text, with denominators and notes."),
+                io.Image.Output("plot", tooltip="The picture that the node shows, 1060 pixels wide."),
+            ],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def validate_inputs(cls, judge: str | None) -> bool | str:
+        # None: linked to another node, so not known yet
+        return judge is None or _problem(judge) or True
+
+    @classmethod
+    def fingerprint_inputs(cls, judge: str | None = None, **_) -> str:
+        return "" if judge is None else judge_folder.state(judge)
+
+    @classmethod
+    def execute(
+        cls,
+        factual: torch.Tensor,
+        counterfactual: torch.Tensor,
+        judge: str,
+        source_class: str,
+        target_class: str,
+        mask: torch.Tensor | None = None,
+        strength_0: torch.Tensor | None = None,
+        random_direction: torch.Tensor | None = None,
+        reprompted: torch.Tensor | None = None,
+    ) -> io.NodeOutput:
+        from ..medsteer_core.errors import MedSteerError
+        from ..medsteer_core.evaluation import evaluate_batches
+        from ..medsteer_core.evaluation_plot import evaluation_picture
+        from ..medsteer_core.evaluation_table import in_short, text
+        from ..medsteer_core.host.progress import counter
+
+        if problem := _problem(judge):
+            raise MedSteerError(problem)
+        given = {
+            COUNTERFACTUAL: counterfactual, STRENGTH_ZERO: strength_0, RANDOM: random_direction, REPROMPT: reprompted,
+        }  # fmt: skip
+        arms = {arm: channels_first(images) for arm, images in given.items() if images is not None}
+        report = evaluate_batches(
+            channels_first(factual),
+            arms,
+            source_class,
+            target_class,
+            judge_folder.judge_of(judge),
+            mask=mask,
+            mask_source=_mask_source(cls.hidden.prompt, cls.hidden.unique_id),
+            after_each=counter(len(factual) * len(arms)),
+        )
+        table = text(report)
+        plot = evaluation_picture([report]).movedim(0, -1)[None]
+        shown = {**ui.PreviewImage(plot, cls=cls).as_dict(), **note(table, in_short(report)).as_dict()}
+        return io.NodeOutput(json.dumps(report, indent=1), table, plot, ui=shown)
+
+
+class RandomDirection(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MedSteer_RandomDirection",
+            display_name="Random Direction",
+            category=f"{CATEGORY}/vectors",
+            description="Makes a control of a vector: the same vector with directions that were drawn, not learnt.",
+            search_aliases=["control", "null direction", "baseline", "medsteer"],
+            inputs=[
+                Vector.Input("vector", tooltip="The vector that the pairs are steered with."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=io.ControlAfterGenerate.fixed,
+                    tooltip="Which directions are drawn. Repeat with several: one draw is one sample.",
+                ),
+                Vector.Input(
+                    "within_class",
+                    optional=True,
+                    tooltip=(
+                        "Two vectors of the same prompts, noise unpaired, other seeds, subtracted by Combine: draws "
+                        "then lie where images of one class differ. Without it every direction is as likely."
+                    ),
+                ),
+            ],
+            outputs=[
+                Vector.Output("vector", tooltip="The drawn vector, for Steer."),
+                io.String.Output("report", tooltip="How it was drawn, and how far operators push with it."),
+            ],
+            has_intermediate_output=True,
+        )
+
+    @classmethod
+    def execute(cls, vector, seed: int, within_class=None) -> io.NodeOutput:
+        from ..medsteer_core.random_direction import describe_drawn, random_direction
+
+        control = random_direction(vector, seed, within_class)
+        report = describe_drawn(vector, control)
+        return io.NodeOutput(control, report, ui=note(report))
+
+
+def _problem(judge: str) -> str:
+    if judge == judge_folder.NONE:
+        return "judge is 'none'; a judge was expected, since flips are its word. Counterfactual Panel needs none."
+    return judge_folder.problem(judge)
+
+
+def _mask_source(prompt: dict[str, Any] | None, node_id: str | None) -> str:
+    """Where the linked mask comes from: "concept map" for Counterfactual Sampler's, "user" for any other."""
+    nodes = prompt or {}
+    link = nodes.get(str(node_id), {}).get("inputs", {}).get("mask")
+    if not isinstance(link, list) or len(link) != 2:
+        return "user"
+    sampler = nodes.get(str(link[0]), {})
+    if sampler.get("class_type") != "MedSteer_CounterfactualSampler":
+        return "user"
+    inputs = sampler.get("inputs", {})
+    locked = link[1] == _MASK and inputs.get("lock") == "concept map" and "mask" not in inputs
+    return "concept map" if link[1] == _CONCEPT_MAP or locked else "user"
