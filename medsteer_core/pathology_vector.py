@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
@@ -41,6 +41,14 @@ class SiteDirections:
         """The fields that it has, by name; readers and offsets come last."""
         named = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    @cached_property
+    def recorded(self) -> tuple["StepDirection", ...]:
+        """Its steps, as views: they are looked up in every model call, and slicing tensors takes longer than that."""
+        columns = [self.directions, self.gaps, self.projections]
+        if self.readers is not None:
+            columns += [self.readers, self.offsets]
+        return tuple(StepDirection(*step) for step in zip(*(column.unbind() for column in columns), strict=True))
 
 
 READER_FIELDS = ("readers", "offsets")
@@ -138,14 +146,19 @@ class PathologyVector:
         gives the nearest recorded step (on the same scale): a blend of two bases is no basis, and what a reader reads
         belongs to its own directions.
         """
-        values = self._site(site)
-        lo, hi, weight = interpolate_index(self._levels, sigma, self.flow)
-        if values.readers is not None:
-            near = lo if weight <= 0.5 else hi
-            taken = (values.directions, values.gaps, values.projections, values.readers, values.offsets)
-            return StepDirection(*(tensor[near] for tensor in taken))
-        if weight == 0:
-            return StepDirection(values.directions[lo], values.gaps[lo], values.projections[lo])
+        return self._at(self._site(site), *self._place(sigma))
+
+    def at_sites(self, sites: Iterable[str], sigma: float) -> dict[str, StepDirection]:
+        """`at` for several sites, by name."""
+        place = self._place(sigma)
+        return {site: self._at(self._site(site), *place) for site in sites}
+
+    def _place(self, sigma: float) -> tuple[int, int, float]:
+        return interpolate_index(self._levels, sigma, self.flow)
+
+    def _at(self, values: SiteDirections, lo: int, hi: int, weight: float) -> StepDirection:
+        if weight == 0 or values.readers is not None:
+            return values.recorded[lo if weight <= 0.5 else hi]
         return StepDirection(
             _mix_directions(values.directions[lo], values.directions[hi], weight),
             torch.lerp(values.gaps[lo], values.gaps[hi], weight),

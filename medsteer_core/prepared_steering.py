@@ -46,6 +46,15 @@ class _AtSigma:
         return self.acts[key]
 
 
+@dataclass(frozen=True, eq=False)
+class _Way:
+    """How a steering acts on an activation: which of its rows, by which masks, or on the whole of it."""
+
+    parts: tuple[slice, ...]
+    masks: tuple[Tensor, ...] | None
+    whole: bool
+
+
 class PreparedPlan:
     """A plan during one sampling run. Make one for each run: it holds the run's state and nothing outlives it.
 
@@ -57,6 +66,7 @@ class PreparedPlan:
     def __init__(self, plan: SteeringPlan) -> None:
         self.plan = plan
         self.touches: list[int] = [0] * len(plan.steerings)
+        self._sites = plan.sites
         self._step: _AtSigma | None = None
         self._masks: dict[tuple[Any, ...], Tensor] = {}
 
@@ -68,9 +78,9 @@ class PreparedPlan:
             # Replaced and never changed in place: another device's thread may still read the old one.
             acting = {i: s.operator_at(sigma) for i, s in enumerate(self.plan.steerings) if s.acts_at(sigma)}
             steerings = self.plan.steerings
-            host = {(i, site): steerings[i].step_at(site, sigma) for i in acting for site in steerings[i].sites}
+            host = {(i, site): step for i in acting for site, step in steerings[i].steps_at(sigma).items()}
             active = {site for _, site in host}
-            sites = tuple(site for site in self.plan.sites if site in active)
+            sites = tuple(site for site in self._sites if site in active)
             step = self._step = _AtSigma(sigma, host, acting, sites)
         if step.host:
             step.on(torch.device(device), dtype)
@@ -135,8 +145,9 @@ class CallSteering:
     ) -> None:
         self._prepared, self._step, self._size = prepared, step, size
         self._rows, self._everything = rows, everything
-        self._parts: dict[tuple[int, int], tuple[slice, ...]] = {}  # by steering and number of rows
-        self._masks: dict[tuple[Any, ...], tuple[Tensor, ...] | None] = {}
+        self._form: tuple[Any, ...] = ()  # device, dtype and shape of the activations that `_ways` is for
+        self._acts: Mapping[str, _Acts] = {}
+        self._ways: dict[int, _Way] = {}  # by steering
 
     def apply(self, site: str, activation: Tensor, in_place: bool = False) -> Tensor:
         """`activation` (rows, tokens, C) of `site` after every steering that acts now, in the plan's order.
@@ -146,27 +157,32 @@ class CallSteering:
         """
         if not self._step.host:
             return activation
-        for index, operator, step in self._step.on(activation.device, activation.dtype).get(site, ()):
-            _check_width(site, activation, step)
-            parts = self._parts_of(index, activation.shape[0])
-            if parts:
-                masks = self._masks_of(index, activation, parts)
-                activation = steer_parts(activation, operator, step, parts, masks, in_place)
+        # Most sites of a call give one form of activation: what follows from it is worked out once.
+        form = (activation.device, activation.dtype, activation.shape)
+        if form != self._form:
+            self._form, self._ways = form, {}
+            self._acts = self._step.on(*form[:2])
+        for index, operator, step in self._acts.get(site, ()):
+            if activation.ndim != 3 or activation.shape[-1] != step.directions.shape[-1]:
+                raise _wrong_width(site, activation, step)
+            way = self._ways.get(index) or self._way(index, activation)
+            if way.parts:
+                if way.whole:
+                    activation = operator(activation, step, in_place)
+                else:
+                    activation = steer_parts(activation, operator, step, way.parts, way.masks, in_place)
                 self._prepared.touches[index] += 1
         return activation
 
-    def _parts_of(self, index: int, count: int) -> tuple[slice, ...]:
-        key = (index, count)
-        if key not in self._parts:
-            named = self._prepared.plan.steerings[index].rows
-            self._parts[key] = parts_of(_ranges(self._rows, named, self._everything), count)
-        return self._parts[key]
-
-    def _masks_of(self, index: int, activation: Tensor, parts: tuple[slice, ...]) -> tuple[Tensor, ...] | None:
-        key = (index, activation.shape[:2], activation.device, activation.dtype)
-        if key not in self._masks:
-            self._masks[key] = masks_of(self._prepared.weights(index, activation, self._size), parts)
-        return self._masks[key]
+    def _way(self, index: int, activation: Tensor) -> _Way:
+        """Which rows a steering changes in activations of this form, and by which masks."""
+        count = activation.shape[0]
+        named = self._prepared.plan.steerings[index].rows
+        parts = parts_of(_ranges(self._rows, named, self._everything), count)
+        masks = masks_of(self._prepared.weights(index, activation, self._size), parts) if parts else None
+        whole = masks is None and parts == (slice(0, count),)
+        way = self._ways[index] = _Way(parts, masks, whole)
+        return way
 
 
 def _ranges(rows: RowNames, name: str, everything: RowRanges) -> RowRanges:
@@ -175,12 +191,11 @@ def _ranges(rows: RowNames, name: str, everything: RowRanges) -> RowRanges:
     return rows(name) if callable(rows) else rows.get(name, ())
 
 
-def _check_width(site: str, activation: Tensor, step: StepDirection) -> None:
-    if activation.ndim != 3 or activation.shape[-1] != step.directions.shape[-1]:
-        raise MedSteerError(
-            f"Site '{site}' of the model gave an activation of shape {tuple(activation.shape)}; the vector wants "
-            f"(rows, tokens, {step.directions.shape[-1]}). Extract the vector from this model."
-        )
+def _wrong_width(site: str, activation: Tensor, step: StepDirection) -> MedSteerError:
+    return MedSteerError(
+        f"Site '{site}' of the model gave an activation of shape {tuple(activation.shape)}; the vector wants "
+        f"(rows, tokens, {step.directions.shape[-1]}). Extract the vector from this model."
+    )
 
 
 def _cast_together(

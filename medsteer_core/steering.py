@@ -57,10 +57,13 @@ class Steering:
         """The operator with the strength that it has at this noise level."""
         return self.operator if self.curve is None else _times(self.operator, self.curve.at(sigma))
 
-    def step_at(self, site: str, sigma: float) -> StepDirection:
-        """What the vector says of a site at this noise level, with the target's directions if there is one."""
-        step = self.vector.at(site, sigma)
-        return step if self.target is None else replace(step, target=self.target.at(site, sigma).directions)
+    def steps_at(self, sigma: float) -> dict[str, StepDirection]:
+        """What the vector says of each site at this noise level, with the target's directions if there is one."""
+        steps = self.vector.at_sites(self.sites, sigma)
+        if self.target is None:
+            return steps
+        targets = self.target.at_sites(self.sites, sigma)
+        return {site: replace(step, target=targets[site].directions) for site, step in steps.items()}
 
 
 @dataclass(frozen=True, eq=False)

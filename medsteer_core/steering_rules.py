@@ -9,6 +9,7 @@ what follows from it); affine is ours.
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -22,16 +23,14 @@ def suppress(a: Tensor, d: Tensor, strength: float, keep_norm: bool, in_place: b
     if strength == 0:
         return a
     before = _length(a) if keep_norm and strength != 2 else None
-    tokens = _tokens(a, in_place)
-    steered = _add_rows(a, tokens, torch.mm(tokens, d.mT).clamp_min_(0), d, -strength, in_place)
+    steered = _add_rows(a, linear(a, d).clamp_min_(0), d, -strength, in_place)
     return steered if before is None else _restore_norm(before, steered, in_place)
 
 
 def ablate(a: Tensor, d: Tensor, keep_norm: bool, in_place: bool = False) -> Tensor:
     """`a - sum_i (a.d_i) d_i`: no token has any projection on `d` left."""
     before = _length(a) if keep_norm else None
-    tokens = _tokens(a, in_place)
-    steered = _add_rows(a, tokens, torch.mm(tokens, d.mT), d, -1.0, in_place)
+    steered = _add_rows(a, linear(a, d), d, -1.0, in_place)
     return steered if before is None else _restore_norm(before, steered, in_place)
 
 
@@ -51,10 +50,9 @@ def set_point(a: Tensor, d: Tensor, means: Tensor, strength: float, keep_norm: b
     if strength == 0:
         return a
     before = _length(a) if keep_norm else None
-    tokens = _tokens(a, in_place)
     # The difference is rounded once: in half precision the two mostly cancel.
-    missing = torch.addmm(means, tokens, d.mT, alpha=-1)
-    steered = _add_rows(a, tokens, missing, d, strength, in_place)
+    surplus = linear(a, d, -means)
+    steered = _add_rows(a, surplus, d, -strength, in_place)
     return steered if before is None else _restore_norm(before, steered, in_place)
 
 
@@ -67,8 +65,7 @@ def switch(a: Tensor, d: Tensor, target: Tensor, strength: float, keep_norm: boo
     if strength == 0:
         return a
     before = _length(a) if keep_norm else None
-    tokens = _tokens(a, in_place)
-    steered = _add_rows(a, tokens, torch.mm(tokens, d.mT).clamp_min_(0), target - d, strength, in_place)
+    steered = _add_rows(a, linear(a, d).clamp_min_(0), target - d, strength, in_place)
     return steered if before is None else _restore_norm(before, steered, in_place)
 
 
@@ -97,33 +94,31 @@ def affine(
     if strength == 0:
         return a
     before = _length(a) if keep_norm else None
-    tokens = _tokens(a, in_place)
     # The offset is added before the sum is rounded: in half precision the two mostly cancel.
-    amounts = torch.addmm(offsets, tokens, readers.mT)
+    amounts = linear(a, readers, offsets)
     if focus:
-        amounts = amounts * _wiener_gain(amounts.view(-1, a.shape[-2], len(d)), focus).view(-1, 1)
-    steered = _add_rows(a, tokens, amounts, d, -strength, in_place)
+        amounts = amounts * _wiener_gain(amounts, focus)
+    steered = _add_rows(a, amounts, d, -strength, in_place)
     return steered if before is None else _restore_norm(before, steered, in_place)
 
 
 def _wiener_gain(amounts: Tensor, focus: float) -> Tensor:
-    """`e / (e + focus**2 * mean(e))` for each token, (rows, tokens, 1), in the dtype of `amounts` (rows, tokens, R)."""
-    energy = amounts.float().square().sum(dim=-1, keepdim=True)  # a half-precision square overflows
+    """`e / (e + focus**2 * mean(e))` for each token, (..., tokens, 1), in the dtype of `amounts` (..., tokens, R)."""
+    wide = torch.promote_types(amounts.dtype, torch.float32)  # a half-precision square overflows
+    energy = torch.linalg.vector_norm(amounts, dim=-1, keepdim=True, dtype=wide).square_()
     whole = torch.add(energy, energy.mean(dim=-2, keepdim=True), alpha=focus**2)
-    return (energy / whole.clamp_min_(_TINY)).to(amounts.dtype)
+    return energy.div_(whole.clamp_min_(_TINY)).to(amounts.dtype)
 
 
-def _tokens(a: Tensor, in_place: bool) -> Tensor:
-    """(n, C): the n tokens of `a` (..., C), for `in_place` as a view, which is refused where it would be a copy."""
-    return a.view(-1, a.shape[-1]) if in_place else a.reshape(-1, a.shape[-1])
-
-
-def _add_rows(a: Tensor, tokens: Tensor, coefficients: Tensor, d: Tensor, scale: float, in_place: bool) -> Tensor:
-    """`a + scale * coefficients @ d` in one kernel; coefficients (n, R) for the `_tokens` of `a`."""
+def _add_rows(a: Tensor, coefficients: Tensor, d: Tensor, scale: float, in_place: bool) -> Tensor:
+    """`a + scale * coefficients @ d` in one kernel; coefficients (..., R)."""
+    if len(d) == 1:  # a column times a row: faster for many tokens than a matrix product, and on all threads
+        return a.addcmul_(coefficients, d, value=scale) if in_place else torch.addcmul(a, coefficients, d, value=scale)
+    coefficients = coefficients.reshape(-1, len(d))
     if in_place:
-        tokens.addmm_(coefficients, d, alpha=scale)
+        a.view(-1, a.shape[-1]).addmm_(coefficients, d, alpha=scale)  # `view` refuses what it would have to copy
         return a
-    return torch.addmm(tokens, coefficients, d, alpha=scale).view(a.shape)
+    return torch.addmm(a.reshape(-1, a.shape[-1]), coefficients, d, alpha=scale).view(a.shape)
 
 
 def _length(a: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ SIDES = ("present", "absent")
 # Token pairs kept of each site and noise level, and what all of them together may take in memory.
 MOST_PAIRS = 2048
 MOST_BYTES = 2 * 10**9
+SLACK = 0.25  # by what share of that they may be more before the surplus is dropped
 
 
 def pairs_that_fit(widths: Sequence[int], levels: int) -> int:
@@ -43,16 +44,13 @@ class _Kept:
     samples: Tensor
     ranks: Tensor
 
-    def with_more(self, new: "_Kept") -> "_Kept":
-        return _Kept(
-            torch.cat([self.pairs, new.pairs], dim=1),
-            torch.cat([self.samples, new.samples]),
-            torch.cat([self.ranks, new.ranks]),
-        )
 
-    def lowest(self, most: int) -> "_Kept":
-        order = self.ranks.argsort(stable=True)[:most]
-        return _Kept(self.pairs[:, order], self.samples[order], self.ranks[order])
+def _lowest(parts: Sequence[_Kept], most: int) -> _Kept:
+    """The pairs of the lowest ranks of all parts, at most so many, as one."""
+    ranks = torch.cat([part.ranks for part in parts])
+    order = ranks.argsort(stable=True)[:most]
+    pairs, samples = torch.cat([part.pairs for part in parts], dim=1), torch.cat([part.samples for part in parts])
+    return _Kept(pairs.index_select(1, order), samples[order], ranks[order])
 
 
 _KEPT = tuple(entry.name for entry in fields(_Kept))
@@ -94,7 +92,8 @@ class PairedActivations:
     def __init__(self, most: int = MOST_PAIRS) -> None:
         self.most = most
         self._sums = {side: ActivationSums() for side in SIDES}
-        self._kept: dict[str, dict[float, _Kept]] = {}
+        # Parts that follow one another; of the first the ranks are in order, and it may be all that there is.
+        self._kept: dict[str, dict[float, tuple[_Kept, ...]]] = {}
         self._waiting: dict[tuple[str, float, int], _Waiting] = {}
         self._visits: dict[tuple[str, str, float], int] = {}
         self._images: list[int] = []
@@ -129,8 +128,9 @@ class PairedActivations:
         for index, (site, levels) in enumerate(self._kept.items()):
             key = f"kept/{index:04d}/{site}"
             state[f"{key}/sigmas"] = torch.tensor(list(levels), dtype=torch.float64)
-            for place, kept in enumerate(levels.values()):
-                state |= {f"{key}/{place}/{name}": value.contiguous() for name, value in vars(kept).items()}
+            for place, parts in enumerate(levels.values()):
+                kept = vars(_lowest(parts, self.most))
+                state |= {f"{key}/{place}/{name}": value.contiguous() for name, value in kept.items()}
         return state
 
     def go_on(self, state: Mapping[str, Tensor]) -> bool:
@@ -141,7 +141,7 @@ class PairedActivations:
             key = name.removesuffix("/sigmas")
             parts = [[kept[f"{key}/{i}/{part}"] for part in _KEPT] for i in range(len(kept[name]))]
             levels = zip(kept[name].tolist(), parts, strict=True)
-            self._kept[key.split("/", 1)[1]] = {sigma: _Kept(*part).lowest(self.most) for sigma, part in levels}
+            self._kept[key.split("/", 1)[1]] = {sigma: (_lowest([_Kept(*part)], self.most),) for sigma, part in levels}
         return True
 
     def side(self, name: str) -> _Side:
@@ -155,13 +155,11 @@ class PairedActivations:
     def pairs(self) -> dict[str, list[TokenPairs]]:
         """What was kept, by site in the order of first observation, the highest sigma first."""
         self._check_complete()
-        return {
-            site: [
-                TokenPairs(at_site[sigma].pairs[0], at_site[sigma].pairs[1], at_site[sigma].samples)
-                for sigma in sorted(at_site, reverse=True)
-            ]
-            for site, at_site in self._kept.items()
-        }
+        result = {}
+        for site, levels in self._kept.items():
+            kept = [_lowest(levels[sigma], self.most) for sigma in sorted(levels, reverse=True)]
+            result[site] = [TokenPairs(one.pairs[0], one.pairs[1], one.samples) for one in kept]
+        return result
 
     @torch.no_grad()
     def _see(self, side: str, site: str, sigma: float, activation: Tensor) -> None:
@@ -173,7 +171,7 @@ class PairedActivations:
         self._visits[side, site, level] = visit + 1
         waiting = self._waiting.pop((site, level, visit), None)
         if waiting is None:
-            self._waiting[site, level, visit] = self._choose(side, at_site.get(level), visit, activation)
+            self._waiting[site, level, visit] = self._choose(side, at_site.get(level, ()), visit, activation)
             return
         if waiting.shape != tuple(activation.shape):
             raise MedSteerError(
@@ -183,9 +181,12 @@ class PairedActivations:
         theirs = _take(activation, waiting.chosen)
         ordered = (waiting.activations, theirs) if waiting.side == SIDES[0] else (theirs, waiting.activations)
         new = _Kept(torch.stack(ordered), waiting.samples, waiting.ranks)
-        at_site[level] = (at_site[level].with_more(new) if level in at_site else new).lowest(self.most)
+        parts = (*at_site.get(level, ()), new)
+        # Joined now and then only: that copies all of them.
+        joined = sum(len(part.ranks) for part in parts) > self.most * (1 + SLACK)
+        at_site[level] = (_lowest(parts, self.most),) if joined else parts
 
-    def _choose(self, side: str, kept: _Kept | None, visit: int, activation: Tensor) -> _Waiting:
+    def _choose(self, side: str, kept: Sequence[_Kept], visit: int, activation: Tensor) -> _Waiting:
         """The tokens of this activation (rows, tokens, C) that may still be kept: those of the lowest ranks."""
         rows, tokens, _ = activation.shape
         if rows != len(self._images):
@@ -195,8 +196,8 @@ class PairedActivations:
             )
         ranks = torch.cat([_ranks(image, visit, tokens) for image in self._images])
         chosen = ranks.argsort(stable=True)[: self.most]
-        if kept is not None and len(kept.ranks) >= self.most:
-            chosen = chosen[ranks[chosen] < kept.ranks[-1]]
+        if kept and len(kept[0].ranks) >= self.most:
+            chosen = chosen[ranks[chosen] < kept[0].ranks[-1]]
         images = torch.tensor(self._images).repeat_interleave(tokens)[chosen]
         return _Waiting(side, tuple(activation.shape), chosen, images, ranks[chosen], _take(activation, chosen))
 
@@ -218,4 +219,4 @@ def _ranks(image: int, visit: int, tokens: int) -> Tensor:
 def _take(activation: Tensor, chosen: Tensor) -> Tensor:
     """The chosen tokens (n, C) of an activation (rows, tokens, C), float32 on the CPU."""
     flat = activation.reshape(-1, activation.shape[-1])
-    return flat[chosen.to(flat.device)].to(device="cpu", dtype=torch.float32)
+    return flat.index_select(0, chosen.to(flat.device)).to(device="cpu", dtype=torch.float32)

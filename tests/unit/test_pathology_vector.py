@@ -49,6 +49,16 @@ def test_a_recorded_sigma_gives_the_recorded_values_bit_by_bit():
         assert torch.equal(at.projections, value.sites["b.0"].projections[step])
 
 
+def test_several_sites_at_once_are_as_one_by_one():
+    value = vector()
+    for sigma in (16.0, 8.0, 1.0):
+        together = value.at_sites(["b.1", "b.0"], sigma)
+        assert list(together) == ["b.1", "b.0"]
+        for name, at in together.items():
+            alone = value.at(name, sigma)
+            assert all(torch.equal(getattr(at, entry), getattr(alone, entry)) for entry in ("directions", "gaps"))
+
+
 def test_between_two_sigmas_the_direction_turns_and_keeps_unit_length():
     at = vector().at("b.0", 8.0)  # half way from 16 to 4 in log sigma, so half way from 0 to 30 degrees
     assert angle(at.directions[0]) == pytest.approx(15.0, abs=1e-3)

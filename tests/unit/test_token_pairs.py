@@ -48,6 +48,14 @@ def test_the_size_of_the_batches_changes_nothing():
         assert torch.equal(getattr(one, name), getattr(other, name))
 
 
+@pytest.mark.parametrize("most", [25, 60, 80])
+def test_many_small_batches_keep_what_one_large_one_keeps(most):
+    one, other = (seen(batches, most).pairs()[SITE][0] for batches in ([range(30)], [[i] for i in range(30)]))
+    assert len(one.present) == most
+    for name in ("present", "absent", "samples"):
+        assert torch.equal(getattr(one, name), getattr(other, name))
+
+
 def test_every_image_has_its_share():
     (kept,) = seen([range(start, start + 20) for start in range(0, 200, 20)], most=500).pairs()[SITE]
     counts = torch.bincount(kept.samples, minlength=200)

@@ -120,7 +120,9 @@ def vector(pixart):
 @pytest.mark.parametrize("name", STEERINGS)
 def test_a_steered_call_waits_copies_and_casts_nowhere_between_the_first_and_the_last_block(pixart, vector, name):
     more, forbidden = added(pixart, tiny.steered(pixart, vector, **STEERINGS[name]))
-    assert more["addmm_"] + more["add_"] == tiny.DEPTH * 3  # the trace did see the steering, in each block of each call
+    assert (
+        more["addcmul_"] + more["add_"] == tiny.DEPTH * 3
+    )  # the trace did see the steering, in each block of each call
     assert forbidden == {}
 
 
@@ -129,7 +131,7 @@ def test_nor_does_a_steering_of_four_vectors(pixart, vector):
     for _ in range(4):
         model = tiny.steered(model, vector, operator="suppress", strength=2.0, keep_norm=True)
     more, forbidden = added(pixart, model)
-    assert more["addmm_"] == 4 * tiny.DEPTH * 3
+    assert more["addcmul_"] == 4 * tiny.DEPTH * 3
     assert forbidden == {}
 
 
