@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..medsteer_core.host import reference_import, vector_folder
 from ..medsteer_core.host.notes import note
-from ..medsteer_core.host.sharing import shown_with_recipe
+from ..medsteer_core.host.sharing import kept_with_recipe, shown_with_recipe
 from ..medsteer_core.summary import describe
 from .types import CATEGORY, Vector
 
@@ -29,7 +29,6 @@ class SavePathologyVector(io.ComfyNode):
                 ),
             ],
             outputs=[io.String.Output("path", tooltip="The name under which Load Pathology Vector lists the file.")],
-            hidden=[io.Hidden.extra_pnginfo],
             is_output_node=True,
         )
 
@@ -37,7 +36,7 @@ class SavePathologyVector(io.ComfyNode):
     def execute(cls, vector, filename_prefix: str) -> io.NodeOutput:
         name = vector_folder.save(vector, filename_prefix)
         shown = f"Saved as models/medsteer/{name}"
-        return io.NodeOutput(name, ui=shown_with_recipe(cls.hidden, vector, name, shown))
+        return io.NodeOutput(name, ui=kept_with_recipe(vector, name, shown))
 
 
 class LoadPathologyVector(io.ComfyNode):

@@ -229,7 +229,10 @@ def test_an_image_says_how_the_loaded_vector_was_made(comfy):
     """In the PNG, and in what the browser keeps among the node's properties."""
     nodes = graph()
     nodes["60"] = node("MedSteer_SavePathologyVector", "save", vector=["6", 0], filename_prefix="tests/shared")
-    name = comfy.run(with_images(nodes)).text("save").removeprefix("Saved as models/medsteer/")
+    saved = comfy.run(with_images(nodes, image=STEERED))
+    name = saved.text("save").removeprefix("Saved as models/medsteer/")
+    with Image.open(io.BytesIO(saved.images("image")[0])) as image:  # may come before or after the file: says neither
+        assert "prompt" in image.text and "medsteer" not in image.text
     nodes = graph()
     nodes["6"] = node("MedSteer_LoadPathologyVector", "load", vector_name=name)
     nodes = with_images(nodes, image=STEERED)
