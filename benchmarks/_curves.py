@@ -116,7 +116,7 @@ def _panel(axes: Any, name: str, record: Mapping[str, Any]) -> None:
     axes.grid(color="#e3e6e9", lw=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(name.replace("->", "→"), size=11, weight="bold")
+    axes.set_title(name.replace("->", "\N{RIGHTWARDS ARROW}"), size=11, weight="bold")
 
 
 def _key(axes: Any) -> None:

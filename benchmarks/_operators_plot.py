@@ -27,7 +27,10 @@ def plot(record: Mapping[str, Any]) -> Tensor:
     from matplotlib.figure import Figure
 
     grids = [("Mean of all pairs", mean_grid(record["ranking"]))] if len(record["pairs"]) > 1 else []
-    grids += [(name.replace("->", "→"), pair_grid(record["ranking"], record["rows"], name)) for name in record["pairs"]]
+    grids += [
+        (name.replace("->", "\N{RIGHTWARDS ARROW}"), pair_grid(record["ranking"], record["rows"], name))
+        for name in record["pairs"]
+    ]
     wide = min(COLUMNS, len(grids))
     high = -(-len(grids) // wide)
     figure = Figure(figsize=(1.2 + 5.2 * wide, 1.8 + 4.4 * high), dpi=100, layout="constrained")

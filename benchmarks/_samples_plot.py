@@ -30,11 +30,12 @@ def plot(record: Mapping[str, Any]) -> Tensor:
     cells_of_all = [cell for modes in pairs.values() for cells in modes.values() for cell in cells.values()]
     lowest = min(cell["stability_range"][0] for cell in cells_of_all)
     for (left, right), (name, modes) in zip(figure.subplots(len(pairs), 2, squeeze=False), pairs.items(), strict=True):
+        name = name.replace("->", "\N{RIGHTWARDS ARROW}")
         for noise, cells in modes.items():
             _line(left, noise, cells, "stability", "stability_range")
             _line(right, noise, cells, "flip", "flip_ci")
-        _frame(left, modes, choices, f"{name.replace('->', '→')}: do extractions agree?", "cosine (same state: maps)")
-        _frame(right, modes, choices, f"{name.replace('->', '→')}: do they flip?", "flip rate")
+        _frame(left, modes, choices, f"{name}: do extractions agree?", "cosine (same state: maps)")
+        _frame(right, modes, choices, f"{name}: do they flip?", "flip rate")
         left.set_ylim(lowest - 0.04, 1.015)
         right.set_ylim(-0.03, 1.03)
     title = "Extraction samples and noise (EndoPhantom, judged by its own judges)"

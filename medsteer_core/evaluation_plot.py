@@ -23,7 +23,11 @@ _MARKS = {
     RANDOM: ("#D55E00", "D"),
     REPROMPT: ("#009E73", "^"),
 }
-_SIGNS = {"as expected": "✓ as expected", "not as expected": "✗ not as expected", "undecided": "? undecided"}
+_SIGNS = {
+    "as expected": "\N{CHECK MARK} as expected",
+    "not as expected": "\N{BALLOT X} not as expected",
+    "undecided": "? undecided",
+}
 
 
 @dataclass(frozen=True)

@@ -82,12 +82,12 @@ def contact_sheet(rows: Mapping[str, Tensor], cell_height: int = 160) -> Tensor:
     if len(shapes) != 1 or len(next(iter(shapes))) != 4:
         raise MedSteerError(f"contact_sheet got shapes {sorted(shapes)}; one shape (n, 3, H, W) was expected.")
     count, _, height, width = shapes.pop()
-    left = 30 + 9 * max(map(len, rows))
+    left = 30 + 12 * max(map(len, rows))
     layout = Layout(fitted((height, width), cell_height), len(rows), count, left=left)
     figure = new_figure(layout)
     for row, (label, images) in enumerate(rows.items()):
         middle = layout.at(row, 0)[1] + layout.cell[0] / 2
-        write(figure, layout, label, left - 14, middle, 12, align="right", weight="bold")
+        write(figure, layout, label, left - 14, middle, 18, align="right", weight="bold", fit=left - 20)
         for column, image in enumerate(images.detach().float().cpu().clamp(0, 1)):
             show_colour(figure, layout, (row, column), image)
     return pixels(figure)
@@ -129,13 +129,14 @@ def difference_legend(figure, layout: Layout, scale: int, x: float, width: float
     top, unit = layout.height - layout.bottom, size / 11
     bar = axes_at(figure, layout, x + 24, top + 30 * unit, width - 48, 12 * unit)
     words = {
-        -scale: f"≤ −{scale}",
-        -scale // 2: f"−{scale // 2}",
+        -scale: f"\N{LESS-THAN OR EQUAL TO} \N{MINUS SIGN}{scale}",
+        -scale // 2: f"\N{MINUS SIGN}{scale // 2}",
         0: "0",
         scale // 2: f"+{scale // 2}",
-        scale: f"≥ +{scale}",
+        scale: f"\N{GREATER-THAN OR EQUAL TO} +{scale}",
     }
     colour_bar(figure, bar, COLOURS, -scale, scale, words, size)
-    write(figure, layout, "◀ darker in counterfactual", x, top + 18 * unit, size, align="left")
-    write(figure, layout, "brighter in counterfactual ▶", x + width, top + 18 * unit, size, align="right")
+    left, right = "\N{BLACK LEFT-POINTING TRIANGLE}", "\N{BLACK RIGHT-POINTING TRIANGLE}"
+    write(figure, layout, f"{left} darker in counterfactual", x, top + 18 * unit, size, align="left")
+    write(figure, layout, f"brighter in counterfactual {right}", x + width, top + 18 * unit, size, align="right")
     write(figure, layout, "luminance, 8-bit levels", x + width / 2, top + 67 * unit, size - 1, color=FAINT)

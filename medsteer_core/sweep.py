@@ -144,11 +144,11 @@ def _lines(cell: Any) -> tuple[str, str]:
     if not isinstance(cell, PairScore):
         return f"SSIM {cell['ssim']:.3f}", f"{cell['changed_fraction']:.1%} changed"
     if cell.flipped:
-        verdict = "✓ flipped"
+        verdict = "\N{CHECK MARK} flipped"
     elif cell.counterfactual_label != cell.target:
-        verdict = f"✗ {cell.counterfactual_label}"
+        verdict = f"\N{BALLOT X} {cell.counterfactual_label}"
     else:
-        verdict = f"✗ {cell.misses[0]}"
+        verdict = f"\N{BALLOT X} {cell.misses[0]}"
     return verdict, f"{cell.target} {_probability(cell.target_probability[1])}"
 
 
@@ -172,7 +172,8 @@ def _footnotes(found: Sweep, rows: int, columns: int) -> list[str]:
     if found.source:
         notes = [
             f"Judge: {found.judge}. Below each tile: its verdict, and its probability of '{found.target}'.",
-            f"✓ flipped: '{found.target}' is seen and no criterion is missed; ✗: the class seen, or the criterion.",
+            f"\N{CHECK MARK} flipped: '{found.target}' is seen and no criterion is missed; "
+            "\N{BALLOT X}: the class seen, or the criterion.",
         ]
     if rows < images or columns < strengths:
         notes.append(f"Drawn: {rows} of {images} images and {columns} of {strengths} strengths; scores have all.")

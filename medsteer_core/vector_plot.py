@@ -100,7 +100,11 @@ def _bar_ticks(found: BlockMap) -> Mapping[float, str]:
     middle = (found.low + found.high) / 2
     low, between, high = (_number(value) for value in (found.low, middle, found.high))
     below, above = bool((found.values < found.low).any()), bool((found.values > found.high).any())
-    return {found.low: f"≤{low}" if below else low, middle: between, found.high: f"≥{high}" if above else high}
+    return {
+        found.low: f"\N{LESS-THAN OR EQUAL TO}{low}" if below else low,
+        middle: between,
+        found.high: f"\N{GREATER-THAN OR EQUAL TO}{high}" if above else high,
+    }
 
 
 def _number(value: float) -> str:
@@ -213,7 +217,8 @@ def _ticks(axis, labels: Sequence[str]) -> None:
 
 def _steps_label(vector: PathologyVector) -> str:
     first, last = float(vector.sigmas[0]), float(vector.sigmas[-1])
-    return f"step (σ {first:.3g})" if vector.steps == 1 else f"step (σ {first:.3g} to {last:.3g})"
+    levels = f"{first:.3g}" if vector.steps == 1 else f"{first:.3g} to {last:.3g}"
+    return f"step (\N{GREEK SMALL LETTER SIGMA} {levels})"
 
 
 def _points(size: int) -> float:

@@ -36,6 +36,18 @@ def test_it_is_small_and_has_no_part_that_only_developers_need(checkout, archive
     assert sum((checkout / name).stat().st_size for name in archived) < MOST_BYTES
 
 
+def test_its_python_sources_hold_only_characters_of_windows_code_page(checkout, archived):
+    """comfy-test refuses others: tools that read a file in Windows' code page 1252 fail at them."""
+
+    def strange(name):
+        text = (checkout / name).read_text(encoding="utf-8")
+        return sorted(set(text) - set(text.encode("cp1252", "ignore").decode("cp1252")))
+
+    sources = [name for name in archived if name.endswith(".py")]
+    assert len(sources) > 100
+    assert {name: strange(name) for name in sources if strange(name)} == {}
+
+
 def test_comfyui_loads_it_whole(checkout, archived, comfy, tmp_path):
     for name in archived:
         (tmp_path / "pack" / name).parent.mkdir(parents=True, exist_ok=True)

@@ -381,14 +381,14 @@ def test_a_label_that_is_no_line_of_text_is_refused(label):
 
 
 def test_labels_with_odd_characters_are_kept_as_they_are(dataset):
-    label = 'a "b", c|d/é\\ 息肉 <i> {x}'
+    label = 'a "b", c|d/é\\ \u606f\u8089 <i> {x}'
     dataset.add(*pair(1, source=label, mask=MASK))
     dataset.write_index("both")
     root = Path(dataset.root)
     assert json.loads((root / "train/metadata.jsonl").read_text())["intended_label"]["factual"] == label
     assert json.loads((root / "annotations/instances_train.json").read_text())["categories"][0]["name"] == label
     card = (root / "README.md").read_text()
-    assert '| a "b", c\\|d/é\\\\ 息肉 &lt;i> {x} | normal cecum | counterfactual | 1 |' in card
+    assert '| a "b", c\\|d/é\\\\ \u606f\u8089 &lt;i> {x} | normal cecum | counterfactual | 1 |' in card
 
 
 def test_more_than_four_gigabytes_are_indexed_without_being_read(dataset):

@@ -193,12 +193,12 @@ def test_the_docs_script_reads_the_records(root, monkeypatch, capsys):
 
 def test_pngs_carry_the_iptc_marking_the_texts_and_the_pixels():
     image = torch.rand(6, 5, 3, generator=torch.Generator().manual_seed(0)) * 1.2 - 0.1
-    data = image_png(in_levels(image), {"workflow": '{"a": 1}', "medsteer_record": '"息肉"'})
-    assert data == image_png(in_levels(image), {"workflow": '{"a": 1}', "medsteer_record": '"息肉"'})
+    data = image_png(in_levels(image), {"workflow": '{"a": 1}', "medsteer_record": '"\u606f\u8089"'})
+    assert data == image_png(in_levels(image), {"workflow": '{"a": 1}', "medsteer_record": '"\u606f\u8089"'})
     with Image.open(io.BytesIO(data)) as picture:
         picture.load()
         assert np.array_equal(np.array(picture), np.clip(255 * image.numpy(), 0, 255).astype(np.uint8))
-        assert picture.text["workflow"] == '{"a": 1}' and picture.text["medsteer_record"] == '"息肉"'
+        assert picture.text["workflow"] == '{"a": 1}' and picture.text["medsteer_record"] == '"\u606f\u8089"'
         packet = picture.text[XMP_KEY]
     body = ET.fromstring(packet[packet.index("?>") + 2 : packet.rindex("<?")])
     (described,) = body.iter("{http://www.w3.org/1999/02/22-rdf-syntax-ns#}Description")

@@ -18,7 +18,7 @@ from medsteer_core.inside import LONGEST_PART, name_parts, path_inside, shown
         (" colon/polyps ", ("colon", "polyps")),
         ("colon\\polyps", ("colon", "polyps")),
         ("colon/", ("colon",)),
-        ("息肉/Zökum v1.2", ("息肉", "Zökum v1.2")),
+        ("\u606f\u8089/Zökum v1.2", ("\u606f\u8089", "Zökum v1.2")),
         ("console/nullable", ("console", "nullable")),
     ],
 )

@@ -131,7 +131,7 @@ def test_images_that_do_not_fit_are_refused():
 def test_a_contact_sheet_has_a_labelled_row_for_each_set():
     dark, light = torch.full((4, 3, 32, 32), 0.2), torch.full((4, 3, 32, 32), 0.8)
     sheet = contact_sheet({"dark": dark, "light": light}, cell_height=100)
-    left = 30 + 9 * len("light")
+    left = 30 + 12 * len("light")
     assert sheet.shape == (3, 24 + 2 * 100 + 8, left + 4 * 100 + 3 * 8 + 12)
     for row, level in ((62, 0.2), (170, 0.8)):
         for column in range(4):

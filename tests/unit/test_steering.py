@@ -270,8 +270,13 @@ def test_affine_wants_a_vector_with_readers():
 
 def test_directions_are_looked_up_once_for_each_sigma_and_only_the_last_are_held(monkeypatch):
     lookups = []
-    original = PathologyVector.at
-    monkeypatch.setattr(PathologyVector, "at", lambda self, *key: lookups.append(key) or original(self, *key))
+    original = PathologyVector.at_sites
+
+    def counted(self, sites, sigma):
+        lookups.extend((site, sigma) for site in sites)
+        return original(self, sites, sigma)
+
+    monkeypatch.setattr(PathologyVector, "at_sites", counted)
     prepared = PreparedPlan(SteeringPlan((steering(),)))
     held = set()
     for sigma in (16.0, 16.0, 9.0, 4.0, 4.0):

@@ -31,7 +31,7 @@ def test_the_eight_classes_have_eight_different_word_sets():
         ("normal z line", ["normal", "z-line"]),
         ("normal z-line.", ["normal", "z-line"]),
         ("dyed-lifted-polyps", ["dyed", "lifted", "polyps"]),
-        ("ein Bild ohne Befund 画像", []),
+        ("ein Bild ohne Befund \u753b\u50cf", []),
         ("", []),
     ],
 )

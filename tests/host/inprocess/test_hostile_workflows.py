@@ -236,7 +236,9 @@ def test_saved_pairs_carry_what_their_setting_says_and_less_with_disable_metadat
 # Numbers, masks and latents of any kind
 
 
-@pytest.mark.parametrize("text", ["nan", "inf", "1e999", "", ",", "1;2", "0x1", "1" * 5000, "1,", "１", "--1"])
+@pytest.mark.parametrize(
+    "text", ["nan", "inf", "1e999", "", ",", "1;2", "0x1", "1" * 5000, "1,", "\N{FULLWIDTH DIGIT ONE}", "--1"]
+)
 def test_strengths_are_finite_numbers_or_refused(text):
     try:
         numbers = multiples_of(text)
