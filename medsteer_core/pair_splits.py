@@ -41,7 +41,7 @@ def check_unseen(made: Mapping[str, Any], split: str) -> None:
         return
     seed, index, shape = made.get("seed"), made.get("batch_index"), list(made.get("latent_shape") or [])
     for used_seed, indices, used_shape in _noises(made.get("steering", [])):
-        if seed == used_seed and index in indices and (not used_shape or list(used_shape) == shape):
+        if seed == used_seed and index in indices and used_shape in ([], shape):
             raise MedSteerError(
                 f"The noise of seed {seed}, image {index} made the vector of this pair, so the pair can't stand in the "
                 f"split '{split}'. Sample the pair from another seed (or extract the vector with one), or set split to "
@@ -55,7 +55,7 @@ def _noises(value: Any) -> Iterator[tuple[int, Any, list[int]]]:
         indices = value.get("noise_indices")
         if isinstance(indices, Mapping) and "seed" in value:
             for numbers in indices.values():
-                yield value["seed"], range(*numbers), value.get("latent_shape") or []
+                yield value["seed"], _images(numbers), _shape(value.get("latent_shape"))
         for seed in value.get("seeds") or () if isinstance(value.get("seeds"), list) else ():
             yield seed, range(1), []  # an imported vector's: one image for each seed
         for part in value.values():
@@ -63,6 +63,22 @@ def _noises(value: Any) -> Iterator[tuple[int, Any, list[int]]]:
     elif isinstance(value, list | tuple):
         for part in value:
             yield from _noises(part)
+
+
+def _images(numbers: Any) -> range:
+    """A range from its start, stop and step. Raises MedSteerError: what can't be read can't be kept out."""
+    whole = isinstance(numbers, list | tuple) and all(type(number) is int for number in numbers)
+    if not whole or len(numbers) not in (2, 3) or numbers[2:] and not numbers[2]:
+        raise MedSteerError(
+            f"The vector's record says of its noise_indices {str(numbers)[:80]}; the first image's number, the one "
+            "past the last and the step were expected. Extract the vector anew, or set split to train."
+        )
+    return range(*numbers)
+
+
+def _shape(shape: Any) -> list[int]:
+    """A latent shape that a vector's record tells, [] for none: then the noise may be of any shape."""
+    return list(shape) if isinstance(shape, list | tuple) else []
 
 
 def group_file(key: str) -> str:

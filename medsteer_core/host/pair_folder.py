@@ -38,6 +38,7 @@ def png_texts(metadata: str, prompt: Any, extra: Any) -> dict[str, str]:
 
     Equal runs give equal texts: what a run notes in them as it goes is left out.
     """
+    _known(metadata)
     if metadata != WORKFLOW or args.disable_metadata:
         return {}
     texts = {}
@@ -52,7 +53,14 @@ def png_texts(metadata: str, prompt: Any, extra: Any) -> dict[str, str]:
 
 def with_record(metadata: str) -> bool:
     """Whether the PNGs say how they were made."""
-    return metadata != MARKING and not args.disable_metadata
+    return _known(metadata) != MARKING and not args.disable_metadata
+
+
+def _known(metadata: str) -> str:
+    """The same text. Raises MedSteerError for one that is no choice: prompts may be private."""
+    if metadata not in METADATA:
+        raise MedSteerError(f"metadata is '{metadata}'; one of {', '.join(METADATA)} was expected.")
+    return metadata
 
 
 def shown_files(name: str, records: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:

@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import MedSteerError
 from ..inside import shown as one_line
 
-LARGEST = 1_000_000  # bytes; a plan of a million pairs is a few hundred
+LARGEST = 100_000  # bytes; a plan of a million pairs is a few hundred
 DEEPEST = 12
 Where = tuple[str | int, ...]
 

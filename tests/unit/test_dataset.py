@@ -426,3 +426,18 @@ def test_the_index_is_written_in_parts_and_reads_only_new_records(dataset, monke
 def test_a_store_can_be_given_in_place_of_a_path(tmp_path):
     dataset = PairDataset(store_at(tmp_path))
     assert dataset.add(*pair(1)) and PairDataset(tmp_path).ids() == dataset.ids()
+
+
+@pytest.mark.parametrize("numbers", [3, "0:8", [1], [0, 8, 0], [0, "8"], [0.0, 8.0], None, {}])
+def test_a_record_of_noise_that_cannot_be_read_is_kept_out_of_evaluation(numbers):
+    made = {"seed": 7, "batch_index": 0, "steering": [{"vector": {"seed": 7, "noise_indices": {"present": numbers}}}]}
+    with pytest.raises(MedSteerError, match="says of its noise_indices"):
+        check_unseen(made, "test")
+    check_unseen(made, "train")
+
+
+@pytest.mark.parametrize("shape", [5, "x", {}, None, []])
+def test_noise_of_an_unknown_shape_counts_as_seen(shape):
+    noise = {"seed": 7, "noise_indices": {"present": [0, 8]}, "latent_shape": shape}
+    with pytest.raises(MedSteerError, match="made the vector"):
+        check_unseen({"seed": 7, "batch_index": 0, "latent_shape": [1, 4, 8, 8], "steering": [noise]}, "test")
