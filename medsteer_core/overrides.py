@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -178,11 +179,14 @@ def _split(workflow: Workflow, setting: str) -> tuple[str, str]:
 
 
 def _known(workflow: Workflow, name: str) -> str:
-    """The inputs of the node that a name begins with, else every input that can be set."""
+    """The name nearest to one that is none; the inputs of the node that it begins with, else all that can be set."""
     free = [(i, k) for i, n in workflow.items() for k, value in n["inputs"].items() if not _is_link(value, workflow)]
     named = [w for w in free if name.startswith((f"#{w[0]}.", *(f"{part}." for part in _names_of(workflow, w[0]))))]
     listed = [f"'{exact(i, key)}'" if named else f"'{node_title(workflow, i)}.{key}'" for i, key in named or free]
-    return f"Those that can be set: {', '.join(dict.fromkeys(listed)) or 'none'}."
+    names = [part for i, key in free for part in (f"{node_title(workflow, i)}.{key}", key)]
+    near = difflib.get_close_matches(name, names, n=1)
+    meant = f"Did you mean '{shown(near[0])}'? " if near else ""
+    return f"{meant}Those that can be set: {', '.join(dict.fromkeys(listed)) or 'none'}."
 
 
 def _names_of(workflow: Workflow, node_id: str) -> tuple[str, str]:

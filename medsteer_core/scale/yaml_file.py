@@ -38,8 +38,8 @@ class Source:
         for key in values:
             if key not in known:
                 close = difflib.get_close_matches(str(key), list(known), n=1)
-                meant = f"did you mean '{close[0]}'? " if close else ""
-                what = f"there is no key '{one_line(key)}' here; {meant}Those there are: {', '.join(known)}."
+                meant = f"; did you mean '{close[0]}'?" if close else "."
+                what = f"there is no key '{one_line(key)}' here{meant} Those there are: {', '.join(known)}."
                 raise self.error((*where, key), what)
 
 

@@ -139,3 +139,11 @@ def test_a_file_that_is_no_api_workflow_is_refused(tmp_path, content, message):
 def test_a_byte_order_mark_is_no_part_of_a_workflow(tmp_path):
     (tmp_path / "w.json").write_text("\ufeff" + json.dumps(WORKFLOW), encoding="utf-8")
     assert read_workflow(tmp_path / "w.json") == WORKFLOW
+
+
+@pytest.mark.parametrize(
+    "name, meant", [("seeed", "seed"), ("Sample.step", "Sample.steps"), ("KSample.cfg", "Sample.cfg")]
+)
+def test_a_name_that_is_none_is_told_with_the_nearest(name, meant):
+    with pytest.raises(OverrideError, match=rf"no input is named '{name}'\. Did you mean '{meant}'\? Those that"):
+        changes_for(WORKFLOW, [f"{name}=7"])
