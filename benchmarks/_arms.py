@@ -17,7 +17,7 @@ from torch import Tensor
 
 from medsteer_core.endophantom.judges import resize
 from medsteer_core.endophantom.phantom import CLASSES, Anatomy, render
-from medsteer_core.whole_file import write_whole
+from medsteer_core.files.whole_file import write_whole
 
 PRESENT, ABSENT = "polyps", "normal cecum"
 NOTHING, REPROMPTED, COUNTERFACTUAL, TRUE = ARMS = ("nothing", "re-prompted", "counterfactual", "true")

@@ -37,7 +37,7 @@ from benchmarks._shared import aligned, check_scoring, common_options, finish, w
 from medsteer_core.demo import versions
 from medsteer_core.endophantom.bundle import Bundle
 from medsteer_core.errors import needs
-from medsteer_core.whole_file import write_whole
+from medsteer_core.files.whole_file import write_whole
 
 POOLED = "both"
 KEY = f"{COUNTERFACTUAL} - {REPROMPTED}"

@@ -30,8 +30,8 @@ from benchmarks._store import Result, Store
 from medsteer_core import evaluate
 from medsteer_core.demo import versions
 from medsteer_core.endophantom.bundle import Bundle
+from medsteer_core.files.whole_file import write_whole
 from medsteer_core.report import png
-from medsteer_core.whole_file import write_whole
 
 SHEET_ROWS = 3
 CEILING_RENDERS = 64

@@ -38,8 +38,8 @@ from medsteer_core import vector_file
 from medsteer_core.demo import versions
 from medsteer_core.endophantom.bundle import Bundle
 from medsteer_core.evaluate import PairScore, score_pairs
+from medsteer_core.files.whole_file import write_whole
 from medsteer_core.pathology_vector import PathologyVector
-from medsteer_core.whole_file import write_whole
 
 COUNTS = (1, 2, 4, 8, 16, 32)
 MOST_SAMPLES = 999

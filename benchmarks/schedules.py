@@ -39,8 +39,8 @@ from medsteer_core.demo import versions
 from medsteer_core.endophantom.bundle import Bundle
 from medsteer_core.errors import MedSteerError
 from medsteer_core.evaluate import score_pairs
+from medsteer_core.files.whole_file import write_whole
 from medsteer_core.pathology_vector import PathologyVector
-from medsteer_core.whole_file import write_whole
 
 SPLIT = "development"
 REMOVALS = tuple(pair for pair in PAIRS if pair.kind == "removing")

@@ -19,10 +19,10 @@ from typing import Any
 
 from .client import ComfyClient, Result
 from .errors import MedSteerError
+from .files.whole_file import write_whole
 from .overrides import read_workflow, with_seed
 from .progress_line import ProgressLine
 from .server import ComfyServer, ServerError, comfyui_from_environment
-from .whole_file import write_whole
 from .workflow import Workflow, WorkflowError, node_title
 
 ROOT = Path(__file__).resolve().parent.parent

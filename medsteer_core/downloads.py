@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from .errors import MedSteerError
-from .inside import name_parts, path_inside, shown
+from .files.inside import name_parts, path_inside, shown
+from .files.whole_file import write_whole
 from .result import Result
-from .whole_file import write_whole
 from .workflow import node_title
 
 # Where a file goes by the folder of the server that it lies in: what a workflow saved stands at the top.

@@ -23,9 +23,9 @@ from .dataset import PairDataset
 from .errors import MedSteerError
 from .evaluation import NO_MASK, Scored, report, scored
 from .evaluation_table import markdown, pairs_csv, text
+from .files.whole_file import write_whole
 from .judge import Judge
 from .lpips import Lpips, load_lpips
-from .whole_file import write_whole
 
 EMBEDDED = "EndoPhantom"
 _TOLD = 20  # as many pairs that could not be read are named; the report has all

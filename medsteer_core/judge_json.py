@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import MedSteerError
-from .inside import shown
+from .files.inside import shown
 from .preprocessing import CROP_MODES, INTERPOLATIONS, Preprocessing
 
 ACTIVATIONS = ("softmax", "sigmoid", "none")

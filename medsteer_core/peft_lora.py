@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import MedSteerError
-from .inside import shown
+from .files.inside import shown
 from .peft_patterns import PEFT_FORM, Clock, is_expression
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"

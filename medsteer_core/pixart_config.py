@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .errors import MedSteerError
-from .inside import shown
+from .files.inside import shown
 from .pixart_state import ADVICE, Sizes
 
 ALPHA, SIGMA = "PixArt-alpha", "PixArt-Sigma"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .errors import MedSteerError
-from .inside import shown
+from .files.inside import shown
 
 ORIGINAL, DIFFUSERS = "original", "diffusers"
 # Weights that every PixArt has and that, together, no other family has.

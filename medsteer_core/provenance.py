@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from .errors import MedSteerError
-from .inside import shown
+from .files.inside import shown
 
 DEEPEST = 100  # dicts and lists in each other; combining vectors adds four
 _MAY_BE_NULL = ("model", "explained", "seed")

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from . import vector_file
 from .errors import MedSteerError
-from .inside import shown
-from .restricted_pickle import PickledArray, loads
+from .files.inside import shown
+from .files.restricted_pickle import PickledArray, loads
 
 PICKLE_FORMAT, NPZ_FORMAT = "medsteer-pickle", "polypsteer-pathology-field-v3"
 PICKLE_SUFFIXES, NPZ_SUFFIX = (".pickle", ".pkl"), ".npz"

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from .errors import MedSteerError
-from .inside import shown
+from .files.inside import shown
 from .separability import auto_sites
 
 _INDEX = re.compile(r"([0-9]{1,999})(?:\s*-\s*([0-9]{1,999}))?")

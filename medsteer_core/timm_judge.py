@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .errors import MedSteerError
-from .inside import shown
+from .files.inside import shown
 from .judge_json import Card, SegmenterCard
 
 

@@ -18,11 +18,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import MedSteerError
-from .inside import shown
+from .files.inside import shown
+from .files.same_bytes import to_bytes
+from .files.whole_file import write_whole
 from .pathology_vector import READER_FIELDS, SITE_FIELDS, PathologyVector, SiteDirections, canonical_json
 from .provenance import check_provenance
-from .same_bytes import to_bytes
-from .whole_file import write_whole
 
 LONGEST_NAME = 200  # characters of a site
 FORMAT = "medsteer.pathology_vector"

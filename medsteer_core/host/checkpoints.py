@@ -19,7 +19,7 @@ from comfy.model_patcher import ModelPatcher
 
 from .. import pixart_config, pixart_state
 from ..errors import MedSteerError
-from ..inside import shown
+from ..files.inside import shown
 from ..pixart_config import ALPHA, SIGMA
 from ..pixart_state import DIFFUSERS
 from . import pixart_files

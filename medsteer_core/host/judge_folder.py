@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import folder_paths
 
 from ..errors import MedSteerError
-from ..inside import shown
+from ..files.inside import shown
 from .vector_folder import FOLDER, JUDGES
 
 if TYPE_CHECKING:

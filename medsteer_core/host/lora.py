@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import peft_lora
 from ..errors import MedSteerError
-from ..inside import shown
+from ..files.inside import shown
 from ..peft_lora import CONFIG_FILE, PREFIX, WEIGHTS_FILE, PeftLora
 
 FOLDER = "loras"

@@ -11,7 +11,7 @@ import folder_paths
 from comfy.cli_args import args
 
 from ..errors import MedSteerError
-from ..inside import name_parts, path_inside
+from ..files.inside import name_parts, path_inside
 from ..pair_records import files_of
 from .sharing import KEY
 

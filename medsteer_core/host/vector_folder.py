@@ -14,7 +14,7 @@ import folder_paths
 
 from .. import reference_files, vector_file
 from ..errors import MedSteerError
-from ..inside import name_parts, path_inside, shown
+from ..files.inside import name_parts, path_inside, shown
 from ..pathology_vector import PathologyVector
 from ..reference_files import NPZ_SUFFIX, PICKLE_SUFFIXES
 from ..reference_vectors import from_vector

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MedSteerError
-from ..inside import shown as one_line
+from ..files.inside import shown as one_line
 
 LARGEST = 100_000  # bytes; a plan of a million pairs is a few hundred
 DEEPEST = 12

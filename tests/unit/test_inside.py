@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medsteer_core.errors import MedSteerError
-from medsteer_core.inside import LONGEST_PART, name_parts, path_inside, shown
+from medsteer_core.files.inside import LONGEST_PART, name_parts, path_inside, shown
 
 
 @pytest.mark.parametrize(

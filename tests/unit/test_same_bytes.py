@@ -4,7 +4,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load, save
 
-from medsteer_core.same_bytes import to_bytes
+from medsteer_core.files.same_bytes import to_bytes
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b/c": torch.tensor([1, 2], dtype=torch.int64)}
 METADATA = {name: name * 3 for name in ("format", "version", "sites", "flow", "été", 'quo"te')}

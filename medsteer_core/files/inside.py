@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
-from .errors import MedSteerError
+from ..errors import MedSteerError
 
 MOST_PARTS = 8
 # Bytes of UTF-8. A file's name has 255, of which a hash, a suffix and the name of a half-written file take a part.

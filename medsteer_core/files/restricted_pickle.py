@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import MedSteerError
+from ..errors import MedSteerError
 from .inside import shown
 
 OPCODES = 2_000_000  # a file of 1000 steps and 28 blocks has half a million
