@@ -22,24 +22,17 @@ import torch
 from safetensors.torch import save as to_safetensors
 
 from benchmarks import _fuzz_mutate as mutate
-from medsteer_core import (
-    judge_json,
-    peft_lora,
-    pixart_config,
-    pixart_state,
-    reference_files,
-    reference_vectors,
-    timm_judge,
-    vector_file,
-)
+from medsteer_core import judge_json, peft_lora, pixart_config, pixart_state, timm_judge
 from medsteer_core.errors import MedSteerError
-from medsteer_core.pathology_vector import PathologyVector, SiteDirections
-from medsteer_core.recipe import recipe
 from medsteer_core.sample_report import AUROC, recorded
 from medsteer_core.scale import plan, yaml_file
 from medsteer_core.selection import select_sites
 from medsteer_core.summary import describe
 from medsteer_core.vector_maps import classes_along, gap_map, separability_map, stability_map
+from medsteer_core.vectors import file as vector_file
+from medsteer_core.vectors import reference_files, reference_vectors
+from medsteer_core.vectors.pathology_vector import PathologyVector, SiteDirections
+from medsteer_core.vectors.recipe import recipe
 
 NAME = "transformer_blocks.0.attn1.to_q"
 PEFT = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["to_q"], "bias": "none",

@@ -14,8 +14,8 @@ from benchmarks import _baselines, _presets
 from benchmarks._lab import BATCH, CFG, Lab
 from benchmarks._presets import Pair, Preset, Presets, Sweep
 from medsteer_core.operators import Operator
-from medsteer_core.pathology_vector import PathologyVector, SiteDirections
-from medsteer_core.random_direction import drawn, normal_weights
+from medsteer_core.vectors.pathology_vector import PathologyVector, SiteDirections
+from medsteer_core.vectors.random_direction import drawn, normal_weights
 
 METHODS = ("ours", "medsteer", "polypsteer", "reprompt", "sdedit", "ddim_inversion", "pnp")
 CONTROLS = ("random_direction", "strength_0", "other_vector")

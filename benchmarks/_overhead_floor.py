@@ -12,10 +12,10 @@ from torch import Tensor
 
 from benchmarks._overhead import AFFINE, RANK, SUPPRESS
 from medsteer_core.operators import Operator, make_operator
-from medsteer_core.pathology_vector import PathologyVector, SiteDirections
 from medsteer_core.prepared_steering import PreparedPlan
-from medsteer_core.schedule import SigmaWindow
 from medsteer_core.steering import Steering, SteeringPlan
+from medsteer_core.vectors.pathology_vector import PathologyVector, SiteDirections
+from medsteer_core.vectors.schedule import SigmaWindow
 
 OPERATORS: dict[str, tuple[Operator, int]] = {
     "suppress": (SUPPRESS, 1),

@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.quality import named
 from medsteer_core.errors import MedSteerError
 from medsteer_core.evaluate import PairScore, summarise
-from medsteer_core.pathology_vector import PathologyVector, SiteDirections
+from medsteer_core.vectors.pathology_vector import PathologyVector, SiteDirections
 
 PAIRED, UNPAIRED, SAME_STATE = NOISES = ("paired", "unpaired", "same state")
 # The preset that steers with a mode's vectors: ours is affine, which takes none but those of "same state".

@@ -24,13 +24,13 @@ from benchmarks import _lab, _presets
 from benchmarks._lab import Lab
 from benchmarks._methods import Chunk, Method, with_random_direction, within_class
 from benchmarks._presets import Pair
-from medsteer_core import vector_file
 from medsteer_core.demo import ROOT
 from medsteer_core.endophantom.bundle import Bundle
 from medsteer_core.evaluate import PairScore, score_pairs
 from medsteer_core.files.whole_file import write_whole
-from medsteer_core.pathology_vector import PathologyVector, canonical_json
 from medsteer_core.report import png
+from medsteer_core.vectors import file as vector_file
+from medsteer_core.vectors.pathology_vector import PathologyVector, canonical_json
 
 FACTUAL = "factual"
 # Code that decides what images are made, what steering makes of them, and how they are scored.
@@ -38,12 +38,12 @@ MAKING = ("benchmarks/_lab.py", "benchmarks/_baselines.py", "medsteer_core/host/
           "medsteer_core/host/pixart.py")  # fmt: skip
 STEERING = ("benchmarks/_methods.py", "medsteer_core/host/*.py",
             *(f"medsteer_core/{name}.py" for name in ("affine", "axes", "capture", "estimators",
-                                                      "operators", "pathology_vector",
+                                                      "operators", "vectors/pathology_vector",
                                                       "sample_estimators", "sample_report",
-                                                      "sample_watch", "samples_record", "schedule",
-                                                      "selection", "separability", "shrinkage",
-                                                      "steering", "steering_rules", "token_map",
-                                                      "token_pairs")))  # fmt: skip
+                                                      "sample_watch", "samples_record",
+                                                      "vectors/schedule", "selection", "separability",
+                                                      "shrinkage", "steering", "steering_rules",
+                                                      "token_map", "token_pairs")))  # fmt: skip
 SCORING = ("medsteer_core/endophantom/judges.py",
            *(f"medsteer_core/{name}.py" for name in ("evaluate", "image_pairs", "judge", "pair_parts",
                                                      "pair_score", "regions")))  # fmt: skip

@@ -58,8 +58,8 @@ def one_window(lab: Lab, vector: Any, start: int, batch: int, repeats: int) -> d
     """Rows and median seconds of both ways, where steering starts at step ``start``."""
     from medsteer_core.host import counterfactual, patch
     from medsteer_core.operators import make_operator
-    from medsteer_core.schedule import SigmaWindow
     from medsteer_core.steering import Steering
+    from medsteer_core.vectors.schedule import SigmaWindow
 
     window = SigmaWindow(float(lab.schedule.sigmas[start]), 0.0)
     operator = make_operator("affine", strength=2.0)

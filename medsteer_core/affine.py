@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .errors import MedSteerError
 from .estimators import ZERO_RTOL, Statistics, check_match, nothing_differs, observations
-from .pathology_vector import PathologyVector, SiteDirections
 from .token_pairs import TokenPairs
+from .vectors.pathology_vector import PathologyVector, SiteDirections
 
 # The ridge: this share of the mean channel variance is added to every channel's.
 RIDGE = 1e-2

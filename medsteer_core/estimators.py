@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .capture import SigmaStatistics
 from .errors import MedSteerError
-from .pathology_vector import PathologyVector, SiteDirections
+from .vectors.pathology_vector import PathologyVector, SiteDirections
 
 # Below this share of the activation's own length a difference of means is rounding.
 ZERO_RTOL = 1e-6

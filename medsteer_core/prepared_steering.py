@@ -11,9 +11,9 @@ from torch import Tensor
 
 from .errors import MedSteerError
 from .operators import Operator
-from .pathology_vector import StepDirection
 from .steering_rows import ALL_ROWS, RowRanges, masks_of, parts_of, steer_parts
 from .token_map import token_weights
+from .vectors.pathology_vector import StepDirection
 
 if TYPE_CHECKING:
     from .steering import Steering, SteeringPlan

@@ -16,9 +16,9 @@ from .axes import AXES, mean_axis, within_class
 from .capture import SigmaStatistics
 from .errors import MedSteerError
 from .estimators import assemble, check_match, nearest
-from .pathology_vector import PathologyVector, SiteDirections
 from .samples_record import SampleRecord
 from .shrinkage import shrinkage
+from .vectors.pathology_vector import PathologyVector, SiteDirections
 
 MEAN, ABSENT = "mean", "absent"  # where LEACE leaves the classes
 

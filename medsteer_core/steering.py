@@ -6,9 +6,9 @@ from torch import Tensor
 
 from .errors import MedSteerError
 from .operators import Operator, needs_same_state, needs_second_vector, needs_statistics
-from .pathology_vector import PathologyVector, StepDirection
-from .schedule import SigmaWindow, StrengthCurve
 from .steering_rows import ALL_ROWS
+from .vectors.pathology_vector import PathologyVector, StepDirection
+from .vectors.schedule import SigmaWindow, StrengthCurve
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..medsteer_core.host.notes import note
 from ..medsteer_core.summary import describe
-from ..medsteer_core.vector_algebra import HOW, WEIGHTED, combine
+from ..medsteer_core.vectors.algebra import HOW, WEIGHTED, combine
 from .types import CATEGORY, Vector
 
 

@@ -162,7 +162,7 @@ class RandomDirection(io.ComfyNode):
 
     @classmethod
     def execute(cls, vector, seed: int, within_class=None) -> io.NodeOutput:
-        from ..medsteer_core.random_direction import describe_drawn, random_direction
+        from ..medsteer_core.vectors.random_direction import describe_drawn, random_direction
 
         control = random_direction(vector, seed, within_class)
         report = describe_drawn(vector, control)

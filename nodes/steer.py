@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..medsteer_core.host.notes import note
 from ..medsteer_core.host.steer import steer
 from ..medsteer_core.presets import CUSTOM, PRESETS
-from ..medsteer_core.schedule import CONSTANT, CURVES
+from ..medsteer_core.vectors.schedule import CONSTANT, CURVES
 from .types import CATEGORY, Vector
 
 KEEP_NORM = "Rescale every steered token to its former length."

@@ -16,13 +16,13 @@ from ..affine import affine_map
 from ..capture import ActivationSums
 from ..errors import MedSteerError
 from ..estimators import mean_difference
-from ..pathology_vector import PathologyVector
 from ..sample_estimators import ESTIMATORS, NEEDS_PAIRS, estimate
 from ..sample_report import KEY as REPORT
 from ..sample_report import LEAST_SAMPLES, separability_facts
 from ..sample_store import SampleStore
 from ..sample_watch import SampleWatch
 from ..token_pairs import SIDES, PairedActivations, pairs_that_fit
+from ..vectors.pathology_vector import PathologyVector
 from . import sampling
 from .contexts import TEXT, context_texts, contexts_of
 from .fingerprint import fingerprint

@@ -14,9 +14,9 @@ from comfy_extras.nodes_custom_sampler import Noise_RandomNoise
 from torch import Tensor
 
 from ..pair_records import short_hash
-from ..pathology_vector import PathologyVector
-from ..recipe import recipe
 from ..steering import Steering, SteeringPlan
+from ..vectors.pathology_vector import PathologyVector
+from ..vectors.recipe import recipe
 from .extraction import prompt_of
 from .fingerprint import fingerprint
 from .paired_noise import takes_noise

@@ -5,11 +5,11 @@ from __future__ import annotations
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from .. import reference_files
 from ..errors import MedSteerError
-from ..pathology_vector import PathologyVector
 from ..pixart_sigmas import PIXART_SCHEDULE, pixart_sigmas
-from ..reference_vectors import to_vector
+from ..vectors import reference_files
+from ..vectors.pathology_vector import PathologyVector
+from ..vectors.reference_vectors import to_vector
 from . import sampling, vector_folder
 from .sites import find_sites, output_width
 

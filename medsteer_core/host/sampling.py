@@ -16,7 +16,7 @@ from comfy.nested_tensor import NestedTensor
 from torch import Tensor
 
 from ..errors import MedSteerError
-from ..schedule import CONSTANT, CURVES, SigmaWindow, StrengthCurve, check_percent
+from ..vectors.schedule import CONSTANT, CURVES, SigmaWindow, StrengthCurve, check_percent
 
 SAMPLERS: list[str] = comfy.samplers.SAMPLER_NAMES
 SCHEDULERS: list[str] = comfy.samplers.SCHEDULER_NAMES

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from ..errors import MedSteerError
 from ..operators import make_operator
-from ..pathology_vector import PathologyVector
 from ..presets import CUSTOM, find_preset, scaled_sites
 from ..sample_report import AUROC, recorded
-from ..schedule import CONSTANT
 from ..selection import has_auto, select_sites
 from ..separability import AUTO_THRESHOLD
 from ..steering import Steering
+from ..vectors.pathology_vector import PathologyVector
+from ..vectors.schedule import CONSTANT
 from .extraction import differs
 from .patch import steered
 from .sampling import curve as sampling_curve

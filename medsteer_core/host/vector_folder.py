@@ -12,12 +12,13 @@ from pathlib import Path
 
 import folder_paths
 
-from .. import reference_files, vector_file
 from ..errors import MedSteerError
 from ..files.inside import name_parts, path_inside, shown
-from ..pathology_vector import PathologyVector
-from ..reference_files import NPZ_SUFFIX, PICKLE_SUFFIXES
-from ..reference_vectors import from_vector
+from ..vectors import file as vector_file
+from ..vectors import reference_files
+from ..vectors.pathology_vector import PathologyVector
+from ..vectors.reference_files import NPZ_SUFFIX, PICKLE_SUFFIXES
+from ..vectors.reference_vectors import from_vector
 
 FOLDER, SUFFIX, UPLOADED = "medsteer", ".safetensors", "input/"
 JUDGES = "judges"  # a folder in it, see judge_folder.py

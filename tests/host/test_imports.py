@@ -14,7 +14,7 @@ def test_the_pack_brings_in_no_library_and_nothing_of_its_own_that_draws_or_judg
     # Whatever else it needs, ComfyUI has loaded already.
     assert [name for name in others_of(modules) if name.split(".")[0] not in sys.stdlib_module_names] == []
     ours = {name.rpartition("medsteer_core.")[2] for name in modules if "medsteer_core." in name}
-    assert "pathology_vector" in ours and not ours & LATER
+    assert "vectors.pathology_vector" in ours and not ours & LATER
 
 
 def test_a_heavy_library_would_be_named():

@@ -12,7 +12,7 @@ from medsteer_core.sample_estimators import ESTIMATORS, estimate, leace
 from medsteer_core.samples_record import SampleRecord
 from medsteer_core.separability import auroc
 from medsteer_core.shrinkage import inverse_times, shrinkage
-from medsteer_core.vector_file import load, save
+from medsteer_core.vectors.file import load, save
 
 SIGMAS = (8.0, 2.0)
 

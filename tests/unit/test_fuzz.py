@@ -23,11 +23,11 @@ from medsteer_core.endophantom.text import VOCABULARY, tokenize
 from medsteer_core.errors import MedSteerError
 from medsteer_core.image_pairs import compare
 from medsteer_core.operators import make_operator
-from medsteer_core.pathology_vector import StepDirection
-from medsteer_core.schedule import SigmaWindow, interpolate_index
 from medsteer_core.selection import select_sites
 from medsteer_core.sweep import sweep
 from medsteer_core.token_map import mask_for_latent, token_weights
+from medsteer_core.vectors.pathology_vector import StepDirection
+from medsteer_core.vectors.schedule import SigmaWindow, interpolate_index
 
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 ANY_NUMBER = st.floats() | st.integers(-(2**70), 2**70)

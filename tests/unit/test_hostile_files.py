@@ -12,14 +12,16 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from medsteer_core import judge_json, peft_lora, pixart_config, reference_files, vector_file
+from medsteer_core import judge_json, peft_lora, pixart_config
 from medsteer_core.errors import MedSteerError
 from medsteer_core.onnx_judge import _session
-from medsteer_core.pathology_vector import PathologyVector, SiteDirections
 from medsteer_core.peft_patterns import Clock
-from medsteer_core.provenance import DEEPEST, check_provenance
 from medsteer_core.selection import select_sites
 from medsteer_core.vector_plot import vector_picture
+from medsteer_core.vectors import file as vector_file
+from medsteer_core.vectors import reference_files
+from medsteer_core.vectors.pathology_vector import PathologyVector, SiteDirections
+from medsteer_core.vectors.provenance import DEEPEST, check_provenance
 
 MEMORY, SECONDS = 256 * 2**20, 5.0
 

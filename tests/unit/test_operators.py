@@ -25,7 +25,7 @@ from medsteer_core.operators import (
     suppress,
     switch,
 )
-from medsteer_core.pathology_vector import StepDirection
+from medsteer_core.vectors.pathology_vector import StepDirection
 
 X = torch.tensor([[1.0, 0.0, 0.0]])  # one direction, rank 1
 XY = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])  # two, rank 2

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from medsteer_core.errors import MedSteerError
-from medsteer_core.pathology_vector import PathologyVector, SiteDirections, canonical_json
+from medsteer_core.vectors.pathology_vector import PathologyVector, SiteDirections, canonical_json
 
 
 def site(angles, rank=1, channels=4, gaps=None):
@@ -173,7 +173,7 @@ def test_equal_vectors_have_equal_hashes_of_64_hex_digits():
 
 def test_the_hash_is_the_same_in_another_process():
     code = (
-        "from torch import ones; from medsteer_core.pathology_vector import *\n"
+        "from torch import ones; from medsteer_core.vectors.pathology_vector import *\n"
         "s = SiteDirections(ones(1, 1, 1), ones(1, 1), ones(1, 1), ones(1, 2, 1), ones(1, 2))\n"
         "v = PathologyVector({'b': s}, ones(1), {'y': 1, 'x': [0.1, None]})\n"
     )

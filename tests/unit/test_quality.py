@@ -11,7 +11,7 @@ from benchmarks import _baselines, _curves, _methods, _presets, _sheet, _store, 
 from benchmarks._presets import PAIRS, Pair, Preset, Presets
 from medsteer_core.errors import MedSteerError
 from medsteer_core.evaluate import PairScore
-from medsteer_core.pathology_vector import PathologyVector, SiteDirections
+from medsteer_core.vectors.pathology_vector import PathologyVector, SiteDirections
 
 # Domination; points are (structure, flip rate)
 

@@ -6,10 +6,10 @@ from torch.nn import functional as F
 
 from medsteer_core.errors import MedSteerError
 from medsteer_core.operators import make_operator
-from medsteer_core.pathology_vector import PathologyVector, SiteDirections
-from medsteer_core.random_direction import describe_drawn, drawn, normal_weights, random_direction
 from medsteer_core.summary import describe
-from medsteer_core.vector_algebra import subtract
+from medsteer_core.vectors.algebra import subtract
+from medsteer_core.vectors.pathology_vector import PathologyVector, SiteDirections
+from medsteer_core.vectors.random_direction import describe_drawn, drawn, normal_weights, random_direction
 
 STEPS, WIDTH, SITES = 3, 16, ("b.0", "b.1")
 FACTS = {"estimator": "mean_difference", "prompts": {"present": {"text": "polyps"}, "absent": {"text": "normal"}}}

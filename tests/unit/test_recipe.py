@@ -4,8 +4,8 @@ import json
 
 import torch
 
-from medsteer_core.pathology_vector import PathologyVector, SiteDirections
-from medsteer_core.recipe import recipe
+from medsteer_core.vectors.pathology_vector import PathologyVector, SiteDirections
+from medsteer_core.vectors.recipe import recipe
 
 MADE = {"prompts": {"present": {"text": "polyps", "sha256": "ab"}}, "seed": 3, "steps": 20, "estimator": "lda"}
 REPORT = {"separability": {"auroc": {"a": [1.0] * 20}}, "explained_by_site": {"a": [0.5]}, "observations": {}}

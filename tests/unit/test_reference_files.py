@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 import torch
 
-from medsteer_core import reference_files
 from medsteer_core.errors import MedSteerError
 from medsteer_core.files import restricted_pickle
 from medsteer_core.files.restricted_pickle import PickledArray, loads
 from medsteer_core.operators import make_operator
-from medsteer_core.pathology_vector import PathologyVector, SiteDirections
-from medsteer_core.reference_files import NPZ_FORMAT, ReferenceField, read, read_npz, read_pickle, write_npz
-from medsteer_core.reference_vectors import describe_imported, from_vector, is_imported, to_vector
 from medsteer_core.steering import check_statistics
+from medsteer_core.vectors import reference_files
+from medsteer_core.vectors.pathology_vector import PathologyVector, SiteDirections
+from medsteer_core.vectors.reference_files import NPZ_FORMAT, ReferenceField, read, read_npz, read_pickle, write_npz
+from medsteer_core.vectors.reference_vectors import describe_imported, from_vector, is_imported, to_vector
 
 STEPS, LAYERS, WIDTH = 4, 3, 8
 SITES = {f"blocks.{index}.cross_attn.proj": WIDTH for index in range(LAYERS)}

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from medsteer_core import sample_report
-from medsteer_core.pathology_vector import PathologyVector
 from medsteer_core.sample_estimators import estimate
 from medsteer_core.sample_report import (
     AUROC,
@@ -23,6 +22,7 @@ from medsteer_core.sample_report import (
 )
 from medsteer_core.samples_record import SampleRecord
 from medsteer_core.summary import describe
+from medsteer_core.vectors.pathology_vector import PathologyVector
 
 FACTS = {"noise": "paired", "samples": 24, "prompts": {}}
 

@@ -13,7 +13,7 @@ from benchmarks._stability import NOISES
 from benchmarks.samples import COUNTS, DEFAULT_PAIRS, Bench, Extraction
 from medsteer_core.errors import MedSteerError
 from medsteer_core.evaluate import PairScore
-from medsteer_core.pathology_vector import PathologyVector, SiteDirections
+from medsteer_core.vectors.pathology_vector import PathologyVector, SiteDirections
 
 
 def vector(angles: dict[str, list[float]], gap: float = 1.0) -> PathologyVector:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medsteer_core.errors import MedSteerError
-from medsteer_core.schedule import SigmaWindow, check_percent, interpolate_index
+from medsteer_core.vectors.schedule import SigmaWindow, check_percent, interpolate_index
 
 SIGMAS = [16.0, 4.0, 1.0, 0.25]
 

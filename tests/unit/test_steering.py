@@ -7,11 +7,11 @@ import torch
 
 from medsteer_core.errors import MedSteerError
 from medsteer_core.operators import Ablate, Add, Affine, Suppress, Switch, ablate, affine, suppress
-from medsteer_core.pathology_vector import PathologyVector, SiteDirections
 from medsteer_core.prepared_steering import PreparedPlan
-from medsteer_core.schedule import SigmaWindow, StrengthCurve
 from medsteer_core.steering import Steering, SteeringPlan
 from medsteer_core.steering_rows import apply_steering, steer_parts
+from medsteer_core.vectors.pathology_vector import PathologyVector, SiteDirections
+from medsteer_core.vectors.schedule import SigmaWindow, StrengthCurve
 
 NAMES = ("b.0", "b.1", "b.2")
 ALWAYS = SigmaWindow()

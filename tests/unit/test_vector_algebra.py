@@ -8,22 +8,13 @@ from torch.nn import functional as F
 
 from medsteer_core import estimators
 from medsteer_core.capture import SigmaStatistics
-from medsteer_core.combined_facts import describe_combined, is_combined, label
 from medsteer_core.errors import MedSteerError
 from medsteer_core.operators import Ablate, Suppress
-from medsteer_core.pathology_vector import PathologyVector, SiteDirections
-from medsteer_core.vector_algebra import (
-    HOW,
-    add,
-    average,
-    combine,
-    joint_subspace,
-    orthogonalise,
-    scale,
-    subtract,
-)
-from medsteer_core.vector_file import load, save
-from medsteer_core.vector_match import on_schedule, overlap
+from medsteer_core.vectors.algebra import HOW, add, average, combine, joint_subspace, orthogonalise, scale, subtract
+from medsteer_core.vectors.combined_facts import describe_combined, is_combined, label
+from medsteer_core.vectors.file import load, save
+from medsteer_core.vectors.match import on_schedule, overlap
+from medsteer_core.vectors.pathology_vector import PathologyVector, SiteDirections
 
 SIGMAS = (8.0, 2.0)
 MODEL = {"architecture": "PixArt", "weights": "aa", "patches": ""}

@@ -11,10 +11,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from medsteer_core import vector_file
 from medsteer_core.errors import MedSteerError
-from medsteer_core.pathology_vector import SITE_FIELDS, PathologyVector, SiteDirections
-from medsteer_core.vector_file import FORMAT, load, save
+from medsteer_core.vectors import file as vector_file
+from medsteer_core.vectors.file import FORMAT, load, save
+from medsteer_core.vectors.pathology_vector import SITE_FIELDS, PathologyVector, SiteDirections
 
 
 def make_vector(widths=(4, 6), steps=3, rank=1, seed=0, flow=False):

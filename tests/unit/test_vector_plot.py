@@ -5,11 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from medsteer_core.pathology_vector import PathologyVector
 from medsteer_core.sample_estimators import estimate
 from medsteer_core.sample_report import KEY, PROJECTIONS, separability_facts
 from medsteer_core.samples_record import SampleRecord
-from medsteer_core.vector_algebra import add
 from medsteer_core.vector_maps import (
     BlockMap,
     Missing,
@@ -20,6 +18,8 @@ from medsteer_core.vector_maps import (
     stability_map,
 )
 from medsteer_core.vector_plot import vector_picture
+from medsteer_core.vectors.algebra import add
+from medsteer_core.vectors.pathology_vector import PathologyVector
 
 UNKNOWN = ["gaps", "centres", "projections", "spreads"]
 

@@ -23,7 +23,7 @@ from comfy.ops import disable_weight_init
 from medsteer_pack.medsteer_core.host import sampling
 from medsteer_pack.medsteer_core.host.fingerprint import fingerprint
 from medsteer_pack.medsteer_core.host.sites import find_sites, output_width
-from medsteer_pack.medsteer_core.pathology_vector import PathologyVector, SiteDirections
+from medsteer_pack.medsteer_core.vectors.pathology_vector import PathologyVector, SiteDirections
 from torch import Tensor, nn
 
 TEXT = 16  # channels of a text token

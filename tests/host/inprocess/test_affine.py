@@ -5,11 +5,11 @@ import comfy.utils
 import pytest
 import tiny
 import torch
-from medsteer_pack.medsteer_core import vector_file
 from medsteer_pack.medsteer_core.endophantom.bundle import Bundle
 from medsteer_pack.medsteer_core.errors import MedSteerError
 from medsteer_pack.medsteer_core.host import extraction, sampling
 from medsteer_pack.medsteer_core.summary import describe
+from medsteer_pack.medsteer_core.vectors import file as vector_file
 
 PRESENT, ABSENT, NEGATIVE = tiny.cond(1), tiny.cond(2), tiny.cond(3, tokens=2)
 SITES = [f"blocks.{index}.cross_attn.proj" for index in range(tiny.DEPTH)]

@@ -15,7 +15,7 @@ from benchmarks._methods import methods
 from benchmarks._presets import PAIRS, Pair, Presets
 from benchmarks._store import Store
 from medsteer_core.errors import MedSteerError
-from medsteer_core.pathology_vector import PathologyVector
+from medsteer_core.vectors.pathology_vector import PathologyVector
 
 PAIR, SEEDS = PAIRS[0], range(40000, 40008)  # seeds of neither split
 SAMPLES = 8

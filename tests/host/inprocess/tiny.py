@@ -21,7 +21,7 @@ from medsteer_pack.medsteer_core.host import extraction, patch, sampling, steer
 from medsteer_pack.medsteer_core.host.fingerprint import fingerprint
 from medsteer_pack.medsteer_core.host.pixart import allow_any_size
 from medsteer_pack.medsteer_core.host.sites import find_sites
-from medsteer_pack.medsteer_core.pathology_vector import PathologyVector, SiteDirections
+from medsteer_pack.medsteer_core.vectors.pathology_vector import PathologyVector, SiteDirections
 from torch import Tensor, nn
 
 WIDTH, DEPTH, CHANNELS, CAPTION = 48, 3, 4, 16

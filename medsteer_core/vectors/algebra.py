@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import MedSteerError
+from ..estimators import nearest
 from .combined_facts import CLASS_FIELDS, combined_facts, label
-from .errors import MedSteerError
-from .estimators import nearest
+from .match import check_match, on_schedule
 from .pathology_vector import PathologyVector, SiteDirections
 from .site_algebra import class_means, displacement, joined, orthonormal, scaled, without
-from .vector_match import check_match, on_schedule
 
 # Below this share of what went in, what is left after subtracting is rounding of float32 directions.
 CANCELLED = 1e-4

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .errors import MedSteerError
-from .estimators import nearest
+from ..errors import MedSteerError
+from ..estimators import nearest
 from .pathology_vector import UNIT_TOLERANCE, PathologyVector, SiteDirections
 from .reference_files import NPZ_FORMAT, ReferenceField
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from .errors import MedSteerError
+from ..errors import MedSteerError
 
 
 def interpolate_index(sigmas: Sequence[float], sigma: float, flow: bool = False) -> tuple[int, int, float]:

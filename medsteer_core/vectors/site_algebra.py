@@ -1,11 +1,11 @@
-"""Arithmetic with what one site learnt: the tensors behind vector_algebra.py."""
+"""Arithmetic with what one site learnt: the tensors behind algebra.py."""
 
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from .errors import MedSteerError
+from ..errors import MedSteerError
 from .pathology_vector import SiteDirections
 
 # Two directions nearer than this to being one (the least singular value of both) span no plane.

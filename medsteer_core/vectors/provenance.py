@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .errors import MedSteerError
-from .files.inside import shown
+from ..errors import MedSteerError
+from ..files.inside import shown
 
 DEEPEST = 100  # dicts and lists in each other; combining vectors adds four
 _MAY_BE_NULL = ("model", "explained", "seed")

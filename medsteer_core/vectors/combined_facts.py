@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from .match import fingerprint, overlap
 from .pathology_vector import PathologyVector
-from .vector_match import fingerprint, overlap
 
 CLASS_FIELDS = ("centres", "projections", "spreads")
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import MedSteerError
+from ..errors import MedSteerError
 from .schedule import interpolate_index
 
 UNIT_TOLERANCE = 1e-3

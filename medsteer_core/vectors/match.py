@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import MedSteerError
+from ..errors import MedSteerError
 from .pathology_vector import PathologyVector, SiteDirections
 from .schedule import interpolate_index
 

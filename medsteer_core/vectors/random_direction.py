@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..errors import MedSteerError
+from .algebra import class_means_of
 from .combined_facts import CLASS_FIELDS, combined_facts, label
-from .errors import MedSteerError
+from .match import check_match, on_schedule
 from .pathology_vector import PathologyVector, SiteDirections
 from .site_algebra import displacement, orthonormal
-from .vector_algebra import class_means_of
-from .vector_match import check_match, on_schedule
 
 HOW = "random direction"
 # Drawn directions that nearly coincide (the least singular value of their unit rows) span no subspace.

@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import vector_file
-from .errors import MedSteerError
-from .files.inside import shown
-from .files.restricted_pickle import PickledArray, loads
+from ..errors import MedSteerError
+from ..files.inside import shown
+from ..files.restricted_pickle import PickledArray, loads
+from . import file as vector_file
 
 PICKLE_FORMAT, NPZ_FORMAT = "medsteer-pickle", "polypsteer-pathology-field-v3"
 PICKLE_SUFFIXES, NPZ_SUFFIX = (".pickle", ".pkl"), ".npz"

@@ -17,10 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .errors import MedSteerError
-from .files.inside import shown
-from .files.same_bytes import to_bytes
-from .files.whole_file import write_whole
+from ..errors import MedSteerError
+from ..files.inside import shown
+from ..files.same_bytes import to_bytes
+from ..files.whole_file import write_whole
 from .pathology_vector import READER_FIELDS, SITE_FIELDS, PathologyVector, SiteDirections, canonical_json
 from .provenance import check_provenance
 
