@@ -22,7 +22,8 @@ import torch
 from safetensors.torch import save as to_safetensors
 
 from benchmarks import _fuzz_mutate as mutate
-from medsteer_core import judge_json, peft_lora, pixart_config, pixart_state, timm_judge
+from medsteer_core import judge_json, timm_judge
+from medsteer_core.checkpoints import peft_lora, pixart_config, pixart_state
 from medsteer_core.errors import MedSteerError
 from medsteer_core.sample_report import AUROC, recorded
 from medsteer_core.scale import plan, yaml_file

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from benchmarks._lab import comfyui_version, start_comfyui
 from benchmarks._shared import aligned, common_options, finish
+from medsteer_core.checkpoints.pixart_state import DIFFUSERS, Sizes, layout
 from medsteer_core.errors import MedSteerError
-from medsteer_core.pixart_state import DIFFUSERS, Sizes, layout
 
 FULL = Sizes(
     DIFFUSERS, width=1152, depth=28, in_channels=4, out_channels=8, caption_channels=4096, patch_size=2,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..medsteer_core.pixart_sigmas import TRAINING_STEPS, pixart_sigmas
+from ..medsteer_core.checkpoints.pixart_sigmas import TRAINING_STEPS, pixart_sigmas
 from .types import CATEGORY
 
 

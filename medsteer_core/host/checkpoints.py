@@ -17,11 +17,11 @@ import torch
 from comfy.ldm.pixart.pixartms import PixArtMS
 from comfy.model_patcher import ModelPatcher
 
-from .. import pixart_config, pixart_state
+from ..checkpoints import pixart_config, pixart_state
+from ..checkpoints.pixart_config import ALPHA, SIGMA
+from ..checkpoints.pixart_state import DIFFUSERS
 from ..errors import MedSteerError
 from ..files.inside import shown
-from ..pixart_config import ALPHA, SIGMA
-from ..pixart_state import DIFFUSERS
 from . import pixart_files
 from .pixart import GRID, Recipe, allow_any_size, build, latent_format
 from .sites import family_name, find_sites

@@ -5,8 +5,8 @@ from __future__ import annotations
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
+from ..checkpoints.pixart_sigmas import PIXART_SCHEDULE, pixart_sigmas
 from ..errors import MedSteerError
-from ..pixart_sigmas import PIXART_SCHEDULE, pixart_sigmas
 from ..vectors import reference_files
 from ..vectors.pathology_vector import PathologyVector
 from ..vectors.reference_vectors import to_vector

@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
+from medsteer_core.checkpoints.peft_lora import CONFIG_FILE, HEEDED, REFUSED, WEIGHTS_FILE, pattern_value, read
+from medsteer_core.checkpoints.peft_patterns import Clock
 from medsteer_core.errors import MedSteerError
-from medsteer_core.peft_lora import CONFIG_FILE, HEEDED, REFUSED, WEIGHTS_FILE, pattern_value, read
-from medsteer_core.peft_patterns import Clock
 
 NAME = "transformer_blocks.0.attn1.to_q"
 CLOCK = Clock(CONFIG_FILE)

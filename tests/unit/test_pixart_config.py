@@ -5,8 +5,7 @@ import json
 import pytest
 import torch
 
-from medsteer_core.errors import MedSteerError
-from medsteer_core.pixart_config import (
+from medsteer_core.checkpoints.pixart_config import (
     ALPHA,
     SIGMA,
     check_config,
@@ -17,7 +16,8 @@ from medsteer_core.pixart_config import (
     parse_config,
     sine_grid,
 )
-from medsteer_core.pixart_state import DIFFUSERS, Sizes
+from medsteer_core.checkpoints.pixart_state import DIFFUSERS, Sizes
+from medsteer_core.errors import MedSteerError
 
 SIZES = Sizes(DIFFUSERS, 1152, 28, 4, 8, 4096, 2, False)
 PUBLISHED = {

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from medsteer_core.checkpoints.pixart_sigmas import pixart_sigmas, pixart_timesteps
 from medsteer_core.errors import MedSteerError
-from medsteer_core.pixart_sigmas import pixart_sigmas, pixart_timesteps
 
 STEPS = [1, 2, 7, 14, 20, 25, 50, 100, 500, 999]
 

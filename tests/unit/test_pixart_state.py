@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from medsteer_core import pixart_state
-from medsteer_core.errors import MedSteerError
-from medsteer_core.pixart_state import (
+from medsteer_core.checkpoints import pixart_state
+from medsteer_core.checkpoints.pixart_state import (
     DIFFUSERS,
     ORIGINAL,
     Sizes,
@@ -16,6 +15,7 @@ from medsteer_core.pixart_state import (
     sizes_of,
     to_original,
 )
+from medsteer_core.errors import MedSteerError
 
 SIZES = Sizes(DIFFUSERS, 24, 3, 4, 8, 10, 2, True, 5)
 ATTENTION = "transformer_blocks.1.attn1."

@@ -33,7 +33,7 @@ from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete, ModelSampli
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from comfy_extras.nodes_sag import SelfAttentionGuidance
 from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
-from medsteer_pack.medsteer_core import peft_lora
+from medsteer_pack.medsteer_core.checkpoints import peft_lora
 from medsteer_pack.medsteer_core.host import lora, sampling
 from safetensors.torch import save_file
 from torch import Tensor, nn

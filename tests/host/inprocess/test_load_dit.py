@@ -7,7 +7,7 @@ import folder_paths
 import pytest
 import tiny
 import torch
-from medsteer_pack.medsteer_core import pixart_state
+from medsteer_pack.medsteer_core.checkpoints import pixart_state
 from medsteer_pack.medsteer_core.errors import MedSteerError
 from medsteer_pack.medsteer_core.host import checkpoints
 from medsteer_pack.medsteer_core.host.checkpoints import load_dit, model_names

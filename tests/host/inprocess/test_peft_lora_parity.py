@@ -16,7 +16,7 @@ import folder_paths
 import pytest
 import tiny
 import torch
-from medsteer_pack.medsteer_core import peft_lora
+from medsteer_pack.medsteer_core.checkpoints import peft_lora
 from medsteer_pack.medsteer_core.errors import MedSteerError
 from medsteer_pack.medsteer_core.host import extraction, lora
 from medsteer_pack.medsteer_core.host.fingerprint import fingerprint

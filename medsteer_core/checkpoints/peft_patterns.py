@@ -11,7 +11,7 @@ import re
 import time
 from typing import Any
 
-from .errors import MedSteerError, needs
+from ..errors import MedSteerError, needs
 
 SECONDS = 5.0  # for all expressions and names of one LoRA; real ones take a hundredth
 LONGEST = 1000  # characters

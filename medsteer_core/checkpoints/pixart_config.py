@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import MedSteerError
-from .files.inside import shown
+from ..errors import MedSteerError
+from ..files.inside import shown
 from .pixart_state import ADVICE, Sizes
 
 ALPHA, SIGMA = "PixArt-alpha", "PixArt-Sigma"

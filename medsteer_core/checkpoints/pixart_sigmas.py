@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import MedSteerError
+from ..errors import MedSteerError
 
 PIXART_SCHEDULE = "PixArt-alpha DPM-Solver++ (diffusers)"
 TRAINING_STEPS, FIRST_BETA, LAST_BETA = 1000, 0.0001, 0.02

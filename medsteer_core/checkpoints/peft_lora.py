@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .errors import MedSteerError
-from .files.inside import shown
+from ..errors import MedSteerError
+from ..files.inside import shown
 from .peft_patterns import PEFT_FORM, Clock, is_expression
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import MedSteerError
-from .files.inside import shown
+from ..errors import MedSteerError
+from ..files.inside import shown
 
 ORIGINAL, DIFFUSERS = "original", "diffusers"
 # Weights that every PixArt has and that, together, no other family has.

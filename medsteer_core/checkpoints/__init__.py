@@ -1,0 +1,1 @@
+"""PixArt's weights and PEFT's LoRAs, as their files hold them."""
