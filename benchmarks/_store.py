@@ -45,8 +45,8 @@ STEERING = ("benchmarks/_methods.py", "medsteer_core/host/*.py",
                                                       "shrinkage", "steering", "steering_rules",
                                                       "token_map", "token_pairs")))  # fmt: skip
 SCORING = ("medsteer_core/endophantom/judges.py",
-           *(f"medsteer_core/{name}.py" for name in ("evaluate", "image_pairs", "judge", "pair_parts",
-                                                     "pair_score", "regions")))  # fmt: skip
+           *(f"medsteer_core/{name}.py" for name in ("evaluate", "image_pairs", "judges/judge",
+                                                     "pair_parts", "pair_score", "regions")))  # fmt: skip
 
 
 def digest(value: Any) -> str:

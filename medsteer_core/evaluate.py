@@ -22,7 +22,7 @@ from torch import Tensor
 from .errors import MedSteerError
 from .image_pairs import checked_pair, mean
 from .intervals import bootstrap, wilson
-from .judge import Judge, Terms
+from .judges.judge import Judge, Terms
 from .pair_parts import DISTANCE_LIMIT, MASK_LIMIT
 from .pair_score import (
     CRITERIA,

@@ -20,7 +20,7 @@ from .errors import MedSteerError
 from .evaluate import score_pairs, summarise
 from .image_pairs import mean
 from .intervals import bootstrap
-from .judge import Judge
+from .judges.judge import Judge
 from .lpips import load_lpips
 from .pair_records import ARMS, COUNTERFACTUAL, RANDOM, REPROMPT, STRENGTH_ZERO
 from .pair_score import PairScore, rounded, structure_measure

@@ -24,7 +24,7 @@ from .errors import MedSteerError
 from .evaluation import NO_MASK, Scored, report, scored
 from .evaluation_table import markdown, pairs_csv, text
 from .files.whole_file import write_whole
-from .judge import Judge
+from .judges.judge import Judge
 from .lpips import Lpips, load_lpips
 
 EMBEDDED = "EndoPhantom"
@@ -118,7 +118,7 @@ def _judge(name: str, device: str) -> Judge:
         from .evaluate import embedded_judges
 
         return embedded_judges()
-    from .judge_files import load_judge
+    from .judges.files import load_judge
 
     if not Path(name).exists():
         raise MedSteerError(

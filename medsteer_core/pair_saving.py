@@ -15,7 +15,7 @@ from .dataset import NO_BOXES, PairDataset, check_boxes
 from .errors import MedSteerError
 from .evaluate import ENDOPHANTOM, score_pairs
 from .image_pairs import checked_pair, compare
-from .judge import Judge, Opinion, Terms
+from .judges.judge import Judge, Opinion, Terms
 from .pair_boxes import boxes_of
 from .pair_png import image_png, in_levels, mask_png
 from .pair_records import BY_CLASSES, COUNTERFACTUAL, FINDING_IN, IN_BOTH, SIDES, STRENGTH_ZERO, finish

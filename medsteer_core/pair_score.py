@@ -16,7 +16,7 @@ from .endophantom.judges import LABELS
 from .endophantom.judges import SIZE as JUDGE_SIZE
 from .endophantom.phantom import CLASSES, FINDINGS
 from .image_pairs import ssim_map
-from .judge import Answers, Opinion, Terms
+from .judges.judge import Answers, Opinion, Terms
 from .pair_parts import (
     DISTANCE_LIMIT,
     FINDING_NUMBERS,

@@ -15,7 +15,7 @@ from .drawing import FAINT, Layout, fitted, new_figure, pixels, show_colour, wri
 from .errors import MedSteerError
 from .evaluate import score_pairs, summarise
 from .image_pairs import checked_pair, compare
-from .judge import Judge
+from .judges.judge import Judge
 from .pair_score import PairScore
 
 MOST_ROWS, MOST_COLUMNS = 6, 8

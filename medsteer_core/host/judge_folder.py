@@ -15,7 +15,7 @@ from ..files.inside import shown
 from .vector_folder import FOLDER, JUDGES
 
 if TYPE_CHECKING:
-    from ..judge import Judge
+    from ..judges.judge import Judge
 
 EMBEDDED, NONE = "EndoPhantom", "none"
 
@@ -45,7 +45,7 @@ def judge_of(name: str) -> Judge | None:
         from ..evaluate import embedded_judges
 
         return embedded_judges()
-    from ..judge_files import load_judge
+    from ..judges.files import load_judge
 
     return load_judge(_found()[name])
 
@@ -78,6 +78,6 @@ def _size_and_time(file: Path) -> str:
 
 
 def _is_judge(path: Path) -> bool:
-    from ..judge_files import SUFFIXES
+    from ..judges.files import SUFFIXES
 
     return (path.suffix in SUFFIXES and path.with_suffix(".json").is_file()) or (path / "judge.json").is_file()

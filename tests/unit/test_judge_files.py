@@ -16,9 +16,9 @@ from medsteer_core import evaluate
 from medsteer_core.endophantom.phantom import CLASSES as KVASIR_CLASSES
 from medsteer_core.errors import MedSteerError
 from medsteer_core.evaluate import score_pair, score_pairs, summarise, wilson
-from medsteer_core.judge import Answers, Terms
-from medsteer_core.judge_files import load_judge
-from medsteer_core.preprocessing import Preprocessing
+from medsteer_core.judges.files import load_judge
+from medsteer_core.judges.judge import Answers, Terms
+from medsteer_core.judges.preprocessing import Preprocessing
 
 LABELS = ["normal-cecum", "polyps", "ulcerative-colitis"]
 CARD = {
@@ -261,7 +261,7 @@ def test_a_segmenter_on_a_timm_encoder_gives_the_modules_masks(tmp_path, head, a
     pytest.importorskip("timm")
     from safetensors.torch import save_file
 
-    from medsteer_core.timm_judge import Segmenter
+    from medsteer_core.judges.timm_network import Segmenter
 
     blue_folder(tmp_path, segmenter=False)
     torch.manual_seed(3)
@@ -278,7 +278,7 @@ def test_a_segmenter_on_a_timm_encoder_gives_the_modules_masks(tmp_path, head, a
 
 def test_a_unet_on_a_timm_encoder_learns_where_a_finding_is():
     pytest.importorskip("timm")
-    from medsteer_core.timm_judge import Segmenter
+    from medsteer_core.judges.timm_network import Segmenter
 
     torch.manual_seed(0)
     model = Segmenter("test_resnet", 1, (64, 64), "unet", 16)

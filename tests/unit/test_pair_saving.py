@@ -18,7 +18,7 @@ from medsteer_core.dataset import PairDataset
 from medsteer_core.errors import MedSteerError
 from medsteer_core.evaluate import ENDOPHANTOM
 from medsteer_core.image_pairs import compare
-from medsteer_core.judge import Answers
+from medsteer_core.judges.judge import Answers
 from medsteer_core.pair_png import XMP_KEY
 from medsteer_core.pair_records import STRENGTH_ZERO
 from medsteer_core.pair_saving import CONCEPT_MAP, SaveRequest, save_pairs

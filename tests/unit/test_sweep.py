@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from medsteer_core.errors import MedSteerError
-from medsteer_core.judge import Answers, Terms
+from medsteer_core.judges.judge import Answers, Terms
 from medsteer_core.sweep import by_strength, records, sweep, sweep_picture, table
 
 STRENGTHS = (0.5, 1.0)

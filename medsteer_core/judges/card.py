@@ -14,8 +14,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from .errors import MedSteerError
-from .files.inside import shown
+from ..errors import MedSteerError
+from ..files.inside import shown
 from .preprocessing import CROP_MODES, INTERPOLATIONS, Preprocessing
 
 ACTIVATIONS = ("softmax", "sigmoid", "none")

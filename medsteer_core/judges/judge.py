@@ -13,7 +13,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from .errors import MedSteerError
+from ..errors import MedSteerError
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import numpy
 import torch
 from torch import Tensor
 
-from .errors import MedSteerError
-from .judge_json import Card
+from ..errors import MedSteerError
+from .card import Card
 
 _TYPES = {"tensor(float)": numpy.float32, "tensor(float16)": numpy.float16, "tensor(double)": numpy.float64}
 # The key "location" of TensorProto.external_data: protobuf takes its length in longer forms too, and in any order.

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
-from .errors import MedSteerError
-from .judge_data import Pictures
+from ..errors import MedSteerError
+from .data import Pictures
 
 
 @dataclass(frozen=True)

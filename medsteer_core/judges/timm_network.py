@@ -15,9 +15,9 @@ from safetensors.torch import load
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .errors import MedSteerError
-from .files.inside import shown
-from .judge_json import Card, SegmenterCard
+from ..errors import MedSteerError
+from ..files.inside import shown
+from .card import Card, SegmenterCard
 
 
 def classifier_from(data: bytes, file: str, card: Card, device: str = "cpu") -> nn.Module:

@@ -1,0 +1,1 @@
+"""What looks at images and says what they show, and how one is trained."""
