@@ -24,9 +24,9 @@ from safetensors.torch import save as to_safetensors
 from benchmarks import _fuzz_mutate as mutate
 from medsteer_core.checkpoints import peft_lora, pixart_config, pixart_state
 from medsteer_core.errors import MedSteerError
+from medsteer_core.extraction.sample_report import AUROC, recorded
 from medsteer_core.judges import card as judge_json
 from medsteer_core.judges import timm_network as timm_judge
-from medsteer_core.sample_report import AUROC, recorded
 from medsteer_core.scale import plan, yaml_file
 from medsteer_core.selection import select_sites
 from medsteer_core.summary import describe

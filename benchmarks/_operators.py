@@ -17,9 +17,9 @@ from benchmarks._methods import Chunk, Method, locked
 from benchmarks._presets import OURS, Pair, Preset, Presets
 from benchmarks._store import STEERING, Store, code_digest
 from medsteer_core.errors import MedSteerError
+from medsteer_core.extraction.sample_estimators import estimate
+from medsteer_core.extraction.samples_record import SampleRecord, SampleRecorder
 from medsteer_core.files.whole_file import write_whole
-from medsteer_core.sample_estimators import estimate
-from medsteer_core.samples_record import SampleRecord, SampleRecorder
 from medsteer_core.vectors.pathology_vector import PathologyVector
 
 UNPAIRED, PAIRED = "mean difference, unpaired", "mean difference, paired"

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from benchmarks._lab import CFG, Lab
 from benchmarks.fullsize import FULL, HEADS, conditioning, weight
-from medsteer_core.capture import ActivationSums
 from medsteer_core.checkpoints.pixart_config import ALPHA
 from medsteer_core.checkpoints.pixart_state import ORIGINAL, Sizes, layout, to_original
+from medsteer_core.extraction.capture import ActivationSums
+from medsteer_core.extraction.sample_watch import SampleWatch
+from medsteer_core.extraction.token_pairs import SIDES, PairedActivations
 from medsteer_core.operators import Operator, make_operator
-from medsteer_core.sample_watch import SampleWatch
 from medsteer_core.steering import Steering
-from medsteer_core.token_pairs import SIDES, PairedActivations
 from medsteer_core.vectors.pathology_vector import PathologyVector, SiteDirections
 from medsteer_core.vectors.schedule import SigmaWindow
 

@@ -37,13 +37,17 @@ FACTUAL = "factual"
 MAKING = ("benchmarks/_lab.py", "benchmarks/_baselines.py", "medsteer_core/host/embedded.py",
           "medsteer_core/host/pixart.py")  # fmt: skip
 STEERING = ("benchmarks/_methods.py", "medsteer_core/host/*.py",
-            *(f"medsteer_core/{name}.py" for name in ("affine", "axes", "capture", "estimators",
+            *(f"medsteer_core/{name}.py" for name in ("extraction/affine", "extraction/axes",
+                                                      "extraction/capture", "extraction/estimators",
                                                       "operators", "vectors/pathology_vector",
-                                                      "sample_estimators", "sample_report",
-                                                      "sample_watch", "samples_record",
-                                                      "vectors/schedule", "selection", "separability",
-                                                      "shrinkage", "steering", "steering_rules",
-                                                      "token_map", "token_pairs")))  # fmt: skip
+                                                      "extraction/sample_estimators",
+                                                      "extraction/sample_report",
+                                                      "extraction/sample_watch",
+                                                      "extraction/samples_record", "vectors/schedule",
+                                                      "selection", "extraction/separability",
+                                                      "extraction/shrinkage", "steering",
+                                                      "steering_rules", "token_map",
+                                                      "extraction/token_pairs")))  # fmt: skip
 SCORING = ("medsteer_core/endophantom/judges.py",
            *(f"medsteer_core/{name}.py" for name in ("evaluate", "image_pairs", "judges/judge",
                                                      "pair_parts", "pair_score", "regions")))  # fmt: skip

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .sample_estimators import ESTIMATORS
-from .sample_report import describe_separability
+from .extraction.sample_estimators import ESTIMATORS
+from .extraction.sample_report import describe_separability
 from .vectors.combined_facts import describe_combined, is_combined
 from .vectors.pathology_vector import PathologyVector
 from .vectors.reference_vectors import describe_imported, is_imported

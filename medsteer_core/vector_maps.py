@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .sample_report import AUROC, KEY, LEAST_SAMPLES, STABILITY, recorded, recorded_projections
+from .extraction.sample_report import AUROC, KEY, LEAST_SAMPLES, STABILITY, recorded, recorded_projections
 from .vectors.combined_facts import is_combined
 from .vectors.pathology_vector import PathologyVector
 from .vectors.reference_vectors import is_imported

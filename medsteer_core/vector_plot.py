@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from .drawing import DPI, FAINT, INK, LINE, Layout, axes_at, colour_bar, new_figure, pixels, write
-from .sample_report import AUROC, recorded
+from .extraction.sample_report import AUROC, recorded
 from .vector_maps import (
     Along,
     BlockMap,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..medsteer_core.extraction.prompt_contexts import DEFAULT, filled
 from ..medsteer_core.host.contexts import encode_contexts
 from ..medsteer_core.host.notes import note
-from ..medsteer_core.prompt_contexts import DEFAULT, filled
 from .types import CATEGORY
 
 

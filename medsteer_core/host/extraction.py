@@ -12,16 +12,16 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..affine import affine_map
-from ..capture import ActivationSums
 from ..errors import MedSteerError
-from ..estimators import mean_difference
-from ..sample_estimators import ESTIMATORS, NEEDS_PAIRS, estimate
-from ..sample_report import KEY as REPORT
-from ..sample_report import LEAST_SAMPLES, separability_facts
-from ..sample_store import SampleStore
-from ..sample_watch import SampleWatch
-from ..token_pairs import SIDES, PairedActivations, pairs_that_fit
+from ..extraction.affine import affine_map
+from ..extraction.capture import ActivationSums
+from ..extraction.estimators import mean_difference
+from ..extraction.sample_estimators import ESTIMATORS, NEEDS_PAIRS, estimate
+from ..extraction.sample_report import KEY as REPORT
+from ..extraction.sample_report import LEAST_SAMPLES, separability_facts
+from ..extraction.sample_store import SampleStore
+from ..extraction.sample_watch import SampleWatch
+from ..extraction.token_pairs import SIDES, PairedActivations, pairs_that_fit
 from ..vectors.pathology_vector import PathologyVector
 from . import sampling
 from .contexts import TEXT, context_texts, contexts_of

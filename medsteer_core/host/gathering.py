@@ -14,7 +14,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ..errors import MedSteerError
-from ..sample_store import Checkpoint, State
+from ..extraction.sample_store import Checkpoint, State
 from . import sampling
 from .contexts import contexts_of
 from .run_facts import Indescribable, model_facts, plain, schedule_facts

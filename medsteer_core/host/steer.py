@@ -10,11 +10,11 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ..errors import MedSteerError
+from ..extraction.sample_report import AUROC, recorded
+from ..extraction.separability import AUTO_THRESHOLD
 from ..operators import make_operator
 from ..presets import CUSTOM, find_preset, scaled_sites
-from ..sample_report import AUROC, recorded
 from ..selection import has_auto, select_sites
-from ..separability import AUTO_THRESHOLD
 from ..steering import Steering
 from ..vectors.pathology_vector import PathologyVector
 from ..vectors.schedule import CONSTANT

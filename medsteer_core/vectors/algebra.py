@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import MedSteerError
-from ..estimators import nearest
+from ..extraction.estimators import nearest
 from .combined_facts import CLASS_FIELDS, combined_facts, label
 from .match import check_match, on_schedule
 from .pathology_vector import PathologyVector, SiteDirections

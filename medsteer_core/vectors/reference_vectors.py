@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import MedSteerError
-from ..estimators import nearest
+from ..extraction.estimators import nearest
 from .pathology_vector import UNIT_TOLERANCE, PathologyVector, SiteDirections
 from .reference_files import NPZ_FORMAT, ReferenceField
 

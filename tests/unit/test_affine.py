@@ -3,11 +3,11 @@ import math
 import pytest
 import torch
 
-from medsteer_core.affine import affine_map, fit, held_out, leading_directions
-from medsteer_core.capture import SigmaStatistics
 from medsteer_core.errors import MedSteerError
+from medsteer_core.extraction.affine import affine_map, fit, held_out, leading_directions
+from medsteer_core.extraction.capture import SigmaStatistics
+from medsteer_core.extraction.token_pairs import TokenPairs
 from medsteer_core.operators import affine
-from medsteer_core.token_pairs import TokenPairs
 
 CHANNELS, RANK, IMAGES, TOKENS = 24, 3, 8, 64
 

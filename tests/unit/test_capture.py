@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from medsteer_core.capture import ActivationSums
 from medsteer_core.errors import MedSteerError
+from medsteer_core.extraction.capture import ActivationSums
 
 
 def activations(rows=5, tokens=7, channels=3, seed=0, offset=0.0):

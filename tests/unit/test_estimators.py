@@ -3,9 +3,9 @@ import dataclasses
 import pytest
 import torch
 
-from medsteer_core.capture import ActivationSums, SigmaStatistics
 from medsteer_core.errors import MedSteerError
-from medsteer_core.estimators import mean_difference
+from medsteer_core.extraction.capture import ActivationSums, SigmaStatistics
+from medsteer_core.extraction.estimators import mean_difference
 
 
 def statistics(means, variances=None, sigmas=(4.0, 1.0)):

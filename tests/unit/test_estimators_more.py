@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from medsteer_core import estimators
-from medsteer_core.axes import discriminant_axis, mean_axis, principal_axis
 from medsteer_core.errors import MedSteerError
+from medsteer_core.extraction import estimators
+from medsteer_core.extraction.axes import discriminant_axis, mean_axis, principal_axis
+from medsteer_core.extraction.sample_estimators import ESTIMATORS, estimate, leace
+from medsteer_core.extraction.samples_record import SampleRecord
+from medsteer_core.extraction.separability import auroc
+from medsteer_core.extraction.shrinkage import inverse_times, shrinkage
 from medsteer_core.operators import Affine
-from medsteer_core.sample_estimators import ESTIMATORS, estimate, leace
-from medsteer_core.samples_record import SampleRecord
-from medsteer_core.separability import auroc
-from medsteer_core.shrinkage import inverse_times, shrinkage
 from medsteer_core.vectors.file import load, save
 
 SIGMAS = (8.0, 2.0)

@@ -4,7 +4,7 @@ import pytest
 
 from medsteer_core.endophantom.text import word_ids
 from medsteer_core.errors import MedSteerError
-from medsteer_core.prompt_contexts import DEFAULT, filled
+from medsteer_core.extraction.prompt_contexts import DEFAULT, filled
 
 
 def test_every_line_is_filled_and_empty_ones_do_not_count():

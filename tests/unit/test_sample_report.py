@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from medsteer_core import sample_report
-from medsteer_core.sample_estimators import estimate
-from medsteer_core.sample_report import (
+from medsteer_core.extraction import sample_report
+from medsteer_core.extraction.sample_estimators import estimate
+from medsteer_core.extraction.sample_report import (
     AUROC,
     KEY,
     MOST_PROJECTIONS,
@@ -20,7 +20,7 @@ from medsteer_core.sample_report import (
     recorded_projections,
     separability_facts,
 )
-from medsteer_core.samples_record import SampleRecord
+from medsteer_core.extraction.samples_record import SampleRecord
 from medsteer_core.summary import describe
 from medsteer_core.vectors.pathology_vector import PathologyVector
 

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from medsteer_core.sample_store import Checkpoint, SampleStore, prefixed, under
+from medsteer_core.extraction.sample_store import Checkpoint, SampleStore, prefixed, under
 
 FACTS = {"prompt": "polyps", "seed": 3}
 STATE = {"sums/a": torch.arange(6.0), "record/b": torch.ones(2, 3, dtype=torch.int64)}

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from medsteer_core.capture import ActivationSums
 from medsteer_core.errors import MedSteerError
-from medsteer_core.sample_watch import SampleWatch
+from medsteer_core.extraction.capture import ActivationSums
+from medsteer_core.extraction.sample_watch import SampleWatch
 
 SITES, LEVELS, WIDTH = ("a", "b"), (4.0, 2.0, 1.0), 5
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from medsteer_core.capture import ActivationSums
 from medsteer_core.errors import MedSteerError
-from medsteer_core.samples_record import SampleRecord, SampleRecorder, bytes_of
+from medsteer_core.extraction.capture import ActivationSums
+from medsteer_core.extraction.samples_record import SampleRecord, SampleRecorder, bytes_of
 
 SIGMAS = (8.0, 2.0)
 

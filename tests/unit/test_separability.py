@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from medsteer_core.axes import AXES, discriminant_axis, mean_axis
 from medsteer_core.errors import MedSteerError
-from medsteer_core.samples_record import SampleRecord
-from medsteer_core.separability import (
+from medsteer_core.extraction.axes import AXES, discriminant_axis, mean_axis
+from medsteer_core.extraction.samples_record import SampleRecord
+from medsteer_core.extraction.separability import (
     auroc,
     auto_sites,
     held_out_auroc,

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from medsteer_core.errors import MedSteerError
-from medsteer_core.token_pairs import MOST_PAIRS, PairedActivations, pairs_that_fit
+from medsteer_core.extraction.token_pairs import MOST_PAIRS, PairedActivations, pairs_that_fit
 
 SITE, TOKENS, CHANNELS = "b.0", 10, 3
 

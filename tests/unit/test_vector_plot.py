@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from medsteer_core.sample_estimators import estimate
-from medsteer_core.sample_report import KEY, PROJECTIONS, separability_facts
-from medsteer_core.samples_record import SampleRecord
+from medsteer_core.extraction.sample_estimators import estimate
+from medsteer_core.extraction.sample_report import KEY, PROJECTIONS, separability_facts
+from medsteer_core.extraction.samples_record import SampleRecord
 from medsteer_core.vector_maps import (
     BlockMap,
     Missing,

@@ -8,13 +8,13 @@ import comfy.utils
 import pytest
 import tiny
 import torch
-from medsteer_pack.medsteer_core import sample_watch
-from medsteer_pack.medsteer_core.capture import ActivationSums
 from medsteer_pack.medsteer_core.errors import MedSteerError
-from medsteer_pack.medsteer_core.estimators import mean_difference
+from medsteer_pack.medsteer_core.extraction import sample_watch
+from medsteer_pack.medsteer_core.extraction.capture import ActivationSums
+from medsteer_pack.medsteer_core.extraction.estimators import mean_difference
+from medsteer_pack.medsteer_core.extraction.sample_estimators import ESTIMATORS
 from medsteer_pack.medsteer_core.host import extraction, patch, sampling, steer
 from medsteer_pack.medsteer_core.host.fingerprint import fingerprint
-from medsteer_pack.medsteer_core.sample_estimators import ESTIMATORS
 from medsteer_pack.medsteer_core.summary import describe
 from medsteer_pack.nodes.prompts import prompt_text
 

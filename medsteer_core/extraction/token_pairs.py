@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from ..errors import MedSteerError
 from .capture import ActivationSums, SigmaStatistics, level_of
-from .errors import MedSteerError
 from .sample_store import prefixed, under
 
 SIDES = ("present", "absent")

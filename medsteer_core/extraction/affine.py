@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import MedSteerError
+from ..errors import MedSteerError
+from ..vectors.pathology_vector import PathologyVector, SiteDirections
 from .estimators import ZERO_RTOL, Statistics, check_match, nothing_differs, observations
 from .token_pairs import TokenPairs
-from .vectors.pathology_vector import PathologyVector, SiteDirections
 
 # The ridge: this share of the mean channel variance is added to every channel's.
 RIDGE = 1e-2

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ..vectors.pathology_vector import PathologyVector
 from .axes import AXES, mean_axis
 from .samples_record import SampleRecord
 from .separability import held_out_projections, report
-from .vectors.pathology_vector import PathologyVector
 
 KEY = "separability"
 AUROC, STABILITY, PROJECTIONS = "auroc", "stability", "projections"

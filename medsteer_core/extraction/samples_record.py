@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..errors import MedSteerError
 from .capture import SigmaStatistics, level_of, token_means
-from .errors import MedSteerError
 
 # What one recorder may hold. Running means (capture.py) have no such limit.
 MOST_BYTES = 4 * 10**9

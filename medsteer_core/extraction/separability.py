@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import MedSteerError
 from .axes import Axis, discriminant_axis, mean_axis
-from .errors import MedSteerError
 from .estimators import check_match
 from .samples_record import SampleRecord
 

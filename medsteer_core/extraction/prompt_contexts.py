@@ -1,6 +1,6 @@
 """Templates of a prompt, one a line, filled with a concept: averaged over several a direction depends less on words."""
 
-from .errors import MedSteerError
+from ..errors import MedSteerError
 
 PLACE = "{concept}"
 DEFAULT = """An endoscopic image of {concept}

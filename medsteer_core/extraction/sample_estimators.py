@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import MedSteerError
+from ..vectors.pathology_vector import PathologyVector, SiteDirections
 from . import estimators
 from .axes import AXES, mean_axis, within_class
 from .capture import SigmaStatistics
-from .errors import MedSteerError
 from .estimators import assemble, check_match, nearest
 from .samples_record import SampleRecord
 from .shrinkage import shrinkage
-from .vectors.pathology_vector import PathologyVector, SiteDirections
 
 MEAN, ABSENT = "mean", "absent"  # where LEACE leaves the classes
 

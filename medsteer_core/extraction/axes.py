@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .errors import MedSteerError
+from ..errors import MedSteerError
 from .shrinkage import inverse_times
 
 Axis = Callable[[Tensor, Tensor], Tensor]

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..errors import MedSteerError
 from .capture import ActivationSums, token_means
-from .errors import MedSteerError
 from .sample_store import prefixed, under
 from .samples_record import MOST_BYTES, SampleRecord, SampleRecorder
 

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import MedSteerError
+from ..vectors.pathology_vector import PathologyVector, SiteDirections
 from .capture import SigmaStatistics
-from .errors import MedSteerError
-from .vectors.pathology_vector import PathologyVector, SiteDirections
 
 # Below this share of the activation's own length a difference of means is rounding.
 ZERO_RTOL = 1e-6
