@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from benchmarks import _baselines, _presets
 from benchmarks._lab import BATCH, CFG, Lab
 from benchmarks._presets import Pair, Preset, Presets, Sweep
-from medsteer_core.operators import Operator
+from medsteer_core.steering.operators import Operator
 from medsteer_core.vectors.pathology_vector import PathologyVector, SiteDirections
 from medsteer_core.vectors.random_direction import drawn, normal_weights
 
@@ -242,7 +242,7 @@ def _beside(site: SiteDirections, weights: Tensor, deviations: Tensor) -> SiteDi
 def _random_direction(lab: Lab, vectors: Vectors, pair: Pair, preset: Preset) -> Method:
     def run(chunk: Chunk, strength: float) -> Tensor:
         from medsteer_core.host import patch, sampling
-        from medsteer_core.steering import Steering
+        from medsteer_core.steering.plan import Steering
 
         result = torch.empty_like(chunk.latents)
         for draw in range(_presets.DRAWS):

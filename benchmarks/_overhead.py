@@ -22,8 +22,8 @@ from medsteer_core.checkpoints.pixart_state import ORIGINAL, Sizes, layout, to_o
 from medsteer_core.extraction.capture import ActivationSums
 from medsteer_core.extraction.sample_watch import SampleWatch
 from medsteer_core.extraction.token_pairs import SIDES, PairedActivations
-from medsteer_core.operators import Operator, make_operator
-from medsteer_core.steering import Steering
+from medsteer_core.steering.operators import Operator, make_operator
+from medsteer_core.steering.plan import Steering
 from medsteer_core.vectors.pathology_vector import PathologyVector, SiteDirections
 from medsteer_core.vectors.schedule import SigmaWindow
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from benchmarks._overhead import AFFINE, RANK, SUPPRESS
-from medsteer_core.operators import Operator, make_operator
-from medsteer_core.prepared_steering import PreparedPlan
-from medsteer_core.steering import Steering, SteeringPlan
+from medsteer_core.steering.operators import Operator, make_operator
+from medsteer_core.steering.plan import Steering, SteeringPlan
+from medsteer_core.steering.prepared import PreparedPlan
 from medsteer_core.vectors.pathology_vector import PathologyVector, SiteDirections
 from medsteer_core.vectors.schedule import SigmaWindow
 

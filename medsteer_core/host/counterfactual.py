@@ -22,8 +22,8 @@ from comfy_extras.nodes_custom_sampler import Noise_RandomNoise
 from torch import Tensor
 
 from ..errors import MedSteerError
-from ..steering import SteeringPlan
-from ..token_map import TokenChange, mask_for_latent, threshold_mask
+from ..steering.plan import SteeringPlan
+from ..steering.token_map import TokenChange, mask_for_latent, threshold_mask
 from .pair_record import lock_of, records_of
 from .paired_conds import fit_to_block
 from .paired_noise import BlockSampler, check_pairable

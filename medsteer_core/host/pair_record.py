@@ -14,7 +14,7 @@ from comfy_extras.nodes_custom_sampler import Noise_RandomNoise
 from torch import Tensor
 
 from ..pair_records import short_hash
-from ..steering import Steering, SteeringPlan
+from ..steering.plan import Steering, SteeringPlan
 from ..vectors.pathology_vector import PathologyVector
 from ..vectors.recipe import recipe
 from .extraction import prompt_of

@@ -12,10 +12,10 @@ from torch import Tensor
 from ..errors import MedSteerError
 from ..extraction.sample_report import AUROC, recorded
 from ..extraction.separability import AUTO_THRESHOLD
-from ..operators import make_operator
-from ..presets import CUSTOM, find_preset, scaled_sites
-from ..selection import has_auto, select_sites
-from ..steering import Steering
+from ..steering.operators import make_operator
+from ..steering.plan import Steering
+from ..steering.presets import CUSTOM, find_preset, scaled_sites
+from ..steering.selection import has_auto, select_sites
 from ..vectors.pathology_vector import PathologyVector
 from ..vectors.schedule import CONSTANT
 from .extraction import differs

@@ -7,7 +7,7 @@ from medsteer_core.errors import MedSteerError
 from medsteer_core.extraction.affine import affine_map, fit, held_out, leading_directions
 from medsteer_core.extraction.capture import SigmaStatistics
 from medsteer_core.extraction.token_pairs import TokenPairs
-from medsteer_core.operators import affine
+from medsteer_core.steering.operators import affine
 
 CHANNELS, RANK, IMAGES, TOKENS = 24, 3, 8, 64
 

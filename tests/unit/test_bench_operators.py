@@ -14,7 +14,7 @@ from benchmarks._store import Result
 from medsteer_core.errors import MedSteerError
 from medsteer_core.evaluate import PairScore
 from medsteer_core.extraction.samples_record import SampleRecord
-from medsteer_core.operators import OPERATORS, make_operator
+from medsteer_core.steering.operators import OPERATORS, make_operator
 from medsteer_core.vectors.pathology_vector import PathologyVector, SiteDirections
 
 POLYPS, COLITIS = PAIRS[0], PAIRS[1]

@@ -11,7 +11,7 @@ from medsteer_core.extraction.sample_estimators import ESTIMATORS, estimate, lea
 from medsteer_core.extraction.samples_record import SampleRecord
 from medsteer_core.extraction.separability import auroc
 from medsteer_core.extraction.shrinkage import inverse_times, shrinkage
-from medsteer_core.operators import Affine
+from medsteer_core.steering.operators import Affine
 from medsteer_core.vectors.file import load, save
 
 SIGMAS = (8.0, 2.0)

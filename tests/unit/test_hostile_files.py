@@ -17,7 +17,7 @@ from medsteer_core.checkpoints.peft_patterns import Clock
 from medsteer_core.errors import MedSteerError
 from medsteer_core.judges import card as judge_json
 from medsteer_core.judges.onnx_network import _session
-from medsteer_core.selection import select_sites
+from medsteer_core.steering.selection import select_sites
 from medsteer_core.vector_plot import vector_picture
 from medsteer_core.vectors import file as vector_file
 from medsteer_core.vectors import reference_files

@@ -7,7 +7,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from medsteer_core.errors import MedSteerError
-from medsteer_core.operators import (
+from medsteer_core.steering.operators import (
     OPERATORS,
     Ablate,
     Add,

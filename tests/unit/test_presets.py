@@ -3,9 +3,9 @@
 import pytest
 
 from medsteer_core.errors import MedSteerError
-from medsteer_core.operators import make_operator
-from medsteer_core.presets import MEDSTEER, POLYPSTEER, PRESETS, find_preset, scaled_sites
-from medsteer_core.selection import select_sites
+from medsteer_core.steering.operators import make_operator
+from medsteer_core.steering.presets import MEDSTEER, POLYPSTEER, PRESETS, find_preset, scaled_sites
+from medsteer_core.steering.selection import select_sites
 
 
 def test_medsteer_suppresses_at_2_keeping_the_norm_everywhere():

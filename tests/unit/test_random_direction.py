@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from medsteer_core.errors import MedSteerError
-from medsteer_core.operators import make_operator
+from medsteer_core.steering.operators import make_operator
 from medsteer_core.summary import describe
 from medsteer_core.vectors.algebra import subtract
 from medsteer_core.vectors.pathology_vector import PathologyVector, SiteDirections

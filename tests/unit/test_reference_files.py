@@ -17,8 +17,8 @@ import torch
 from medsteer_core.errors import MedSteerError
 from medsteer_core.files import restricted_pickle
 from medsteer_core.files.restricted_pickle import PickledArray, loads
-from medsteer_core.operators import make_operator
-from medsteer_core.steering import check_statistics
+from medsteer_core.steering.operators import make_operator
+from medsteer_core.steering.plan import check_statistics
 from medsteer_core.vectors import reference_files
 from medsteer_core.vectors.pathology_vector import PathologyVector, SiteDirections
 from medsteer_core.vectors.reference_files import NPZ_FORMAT, ReferenceField, read, read_npz, read_pickle, write_npz

@@ -1,7 +1,7 @@
 import pytest
 
 from medsteer_core.errors import MedSteerError
-from medsteer_core.selection import has_auto, select_sites
+from medsteer_core.steering.selection import has_auto, select_sites
 
 NAMES = tuple(f"blocks.{i}.cross_attn.proj" for i in range(12))
 

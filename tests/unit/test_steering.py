@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from medsteer_core.errors import MedSteerError
-from medsteer_core.operators import Ablate, Add, Affine, Suppress, Switch, ablate, affine, suppress
-from medsteer_core.prepared_steering import PreparedPlan
-from medsteer_core.steering import Steering, SteeringPlan
-from medsteer_core.steering_rows import apply_steering, steer_parts
+from medsteer_core.steering.operators import Ablate, Add, Affine, Suppress, Switch, ablate, affine, suppress
+from medsteer_core.steering.plan import Steering, SteeringPlan
+from medsteer_core.steering.prepared import PreparedPlan
+from medsteer_core.steering.rows import apply_steering, steer_parts
 from medsteer_core.vectors.pathology_vector import PathologyVector, SiteDirections
 from medsteer_core.vectors.schedule import SigmaWindow, StrengthCurve
 

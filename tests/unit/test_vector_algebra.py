@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from medsteer_core.errors import MedSteerError
 from medsteer_core.extraction import estimators
 from medsteer_core.extraction.capture import SigmaStatistics
-from medsteer_core.operators import Ablate, Suppress
+from medsteer_core.steering.operators import Ablate, Suppress
 from medsteer_core.vectors.algebra import HOW, add, average, combine, joint_subspace, orthogonalise, scale, subtract
 from medsteer_core.vectors.combined_facts import describe_combined, is_combined, label
 from medsteer_core.vectors.file import load, save

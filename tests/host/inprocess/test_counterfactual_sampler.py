@@ -14,7 +14,13 @@ from medsteer_pack.medsteer_core.host.paired_conds import fit_to_block
 from medsteer_pack.medsteer_core.host.paired_noise import check_pairable
 from medsteer_pack.medsteer_core.host.patch import plan_of
 from medsteer_pack.medsteer_core.host.patch import steered as patch_steered
-from medsteer_pack.medsteer_core.token_map import TokenChange, mask_for_latent, threshold_mask, to_pixels, token_grid
+from medsteer_pack.medsteer_core.steering.token_map import (
+    TokenChange,
+    mask_for_latent,
+    threshold_mask,
+    to_pixels,
+    token_grid,
+)
 from medsteer_pack.medsteer_core.vectors.schedule import SigmaWindow
 from medsteer_pack.nodes.sampler import CounterfactualSampler
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from .errors import MedSteerError
+from ..errors import MedSteerError
 
 CUSTOM = "custom"  # no preset: what the node's other inputs say
 

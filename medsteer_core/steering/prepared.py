@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .errors import MedSteerError
+from ..errors import MedSteerError
+from ..vectors.pathology_vector import StepDirection
 from .operators import Operator
-from .steering_rows import ALL_ROWS, RowRanges, masks_of, parts_of, steer_parts
+from .rows import ALL_ROWS, RowRanges, masks_of, parts_of, steer_parts
 from .token_map import token_weights
-from .vectors.pathology_vector import StepDirection
 
 if TYPE_CHECKING:
-    from .steering import Steering, SteeringPlan
+    from .plan import Steering, SteeringPlan
 
 RowNames = Mapping[str, RowRanges] | Callable[[str], RowRanges]
 # What acts at one site, in the plan's order: (index of the steering, operator, step).

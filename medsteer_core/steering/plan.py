@@ -4,11 +4,11 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from .errors import MedSteerError
+from ..errors import MedSteerError
+from ..vectors.pathology_vector import PathologyVector, StepDirection
+from ..vectors.schedule import SigmaWindow, StrengthCurve
 from .operators import Operator, needs_same_state, needs_second_vector, needs_statistics
-from .steering_rows import ALL_ROWS
-from .vectors.pathology_vector import PathologyVector, StepDirection
-from .vectors.schedule import SigmaWindow, StrengthCurve
+from .rows import ALL_ROWS
 
 
 @dataclass(frozen=True, eq=False)

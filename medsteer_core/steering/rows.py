@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .errors import MedSteerError
+from ..errors import MedSteerError
 from .operators import Operator, Step
 
 ALL_ROWS = "all"

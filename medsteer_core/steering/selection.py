@@ -4,9 +4,9 @@ import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from .errors import MedSteerError
-from .extraction.separability import auto_sites
-from .files.inside import shown
+from ..errors import MedSteerError
+from ..extraction.separability import auto_sites
+from ..files.inside import shown
 
 _INDEX = re.compile(r"([0-9]{1,999})(?:\s*-\s*([0-9]{1,999}))?")
 _NEGATIVE = re.compile(r"-\s*[0-9]+")

@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
-from .errors import MedSteerError
-from .files.inside import shown
-from .steering_rules import ablate, add, affine, set_point, suppress, switch
+from ..errors import MedSteerError
+from ..files.inside import shown
+from .rules import ablate, add, affine, set_point, suppress, switch
 
 TOWARD = ("present", "absent")  # in the order of a step's projections
 

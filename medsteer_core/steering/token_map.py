@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .errors import MedSteerError
+from ..errors import MedSteerError
 
 Grid = tuple[int, int]
 
