@@ -9,9 +9,9 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks._store import Result
-from medsteer_core import evaluate
-from medsteer_core.evaluate import PairScore
-from medsteer_core.intervals import wilson
+from medsteer_core.scores import scorer as evaluate
+from medsteer_core.scores.intervals import wilson
+from medsteer_core.scores.scorer import PairScore
 
 # A flip is clean when the rest of the image stayed. SSIM outside a focal finding: what renders of one anatomy as both
 # classes reach with new sensor noise (0.88 to 0.905, the benchmarks' ceiling). Drift, where a finding is diffuse: one

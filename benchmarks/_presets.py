@@ -12,8 +12,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from medsteer_core import evaluate
 from medsteer_core.errors import MedSteerError
+from medsteer_core.scores import scorer as evaluate
 from medsteer_core.steering import presets
 
 # First seed of each split; extraction has its own. The ranges are wider than any --n that is allowed.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.quality import named
 from medsteer_core.errors import MedSteerError
-from medsteer_core.evaluate import PairScore, summarise
+from medsteer_core.scores.scorer import PairScore, summarise
 from medsteer_core.vectors.pathology_vector import PathologyVector, SiteDirections
 
 PAIRED, UNPAIRED, SAME_STATE = NOISES = ("paired", "unpaired", "same state")

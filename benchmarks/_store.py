@@ -26,9 +26,9 @@ from benchmarks._methods import Chunk, Method, with_random_direction, within_cla
 from benchmarks._presets import Pair
 from medsteer_core.demo import ROOT
 from medsteer_core.endophantom.bundle import Bundle
-from medsteer_core.evaluate import PairScore, score_pairs
 from medsteer_core.files.whole_file import write_whole
 from medsteer_core.report import png
+from medsteer_core.scores.scorer import PairScore, score_pairs
 from medsteer_core.vectors import file as vector_file
 from medsteer_core.vectors.pathology_vector import PathologyVector, canonical_json
 
@@ -49,8 +49,8 @@ STEERING = ("benchmarks/_methods.py", "medsteer_core/host/*.py",
                                                       "steering/rules", "steering/token_map",
                                                       "extraction/token_pairs")))  # fmt: skip
 SCORING = ("medsteer_core/endophantom/judges.py",
-           *(f"medsteer_core/{name}.py" for name in ("evaluate", "image_pairs", "judges/judge",
-                                                     "pair_parts", "pair_score", "regions")))  # fmt: skip
+           *(f"medsteer_core/{name}.py" for name in ("scores/scorer", "scores/images", "judges/judge",
+                                                     "scores/parts", "scores/pair", "scores/regions")))  # fmt: skip
 
 
 def digest(value: Any) -> str:

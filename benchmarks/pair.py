@@ -1,7 +1,7 @@
 """How good the shipped defaults are at pairs: steering against same-seed re-prompting, on noise unseen by extraction.
 
 Everything is taken from the example workflow (prompts, vector, operator, sampler, size) and run in a real ComfyUI; the
-pairs are scored as PNGs by the one scorer, `medsteer_core.evaluate`. The third method, steering at strength 0, is the
+pairs are scored as PNGs by the one scorer, `scores.scorer`. The third method, steering at strength 0, is the
 control: it must give back the factual image. The judges are EndoPhantom's, so flip rates are a judge's opinion.
 
     python dev.py bench pair --n 50
@@ -35,8 +35,8 @@ from medsteer_core.client import ComfyClient, Result
 from medsteer_core.demo import ROOT, WORKFLOW, ProgressLine, read_workflow, versions
 from medsteer_core.endophantom.bundle import Bundle
 from medsteer_core.errors import MedSteerError
-from medsteer_core.evaluate import PairScore, class_of, score_pairs, summarise
 from medsteer_core.report import MOST_PAIRS, contact_sheet
+from medsteer_core.scores.scorer import PairScore, class_of, score_pairs, summarise
 from medsteer_core.server import ComfyServer, comfyui_from_environment
 from medsteer_core.workflow import Workflow
 

@@ -1,7 +1,7 @@
 """Does steering do what it claims: steering against four baselines and three controls, over five concept pairs.
 
 Every method starts from the same factual images, its parameter swept; pairs are scored by the one scorer,
-`medsteer_core.evaluate`, against the noise ceiling. Truth is known for renders only: what is said of generated images
+`scores.scorer`, against the noise ceiling. Truth is known for renders only: what is said of generated images
 is the judges' opinion. What was made is kept in output/bench/quality, so a run that was stopped goes on.
 
     python dev.py bench quality --n 40
@@ -27,11 +27,11 @@ from benchmarks._record import machine, seeds_record, table
 from benchmarks._shared import check_scoring, common_options, finish
 from benchmarks._sheet import sheet
 from benchmarks._store import Result, Store
-from medsteer_core import evaluate
 from medsteer_core.demo import versions
 from medsteer_core.endophantom.bundle import Bundle
 from medsteer_core.files.whole_file import write_whole
 from medsteer_core.report import png
+from medsteer_core.scores import scorer as evaluate
 
 SHEET_ROWS = 3
 CEILING_RENDERS = 64

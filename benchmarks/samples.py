@@ -2,7 +2,7 @@
 
 For each number of samples and each noise mode the vector is extracted three times, from noise that no other extraction
 has. Two things are asked of them: do the three agree (stability), and do they flip images (flip rate, on development
-seeds, by the one scorer `medsteer_core.evaluate`; a judge's opinion) with the preset that takes such vectors: the
+seeds, by the one scorer `scores.scorer`; a judge's opinion) with the preset that takes such vectors: the
 MedSteer preset those of "paired" and "unpaired", ours those of "same state". The default number of samples of Extract
 Pathology Vector follows by `RULE`. What was made is kept in output/bench/samples, so a run that was stopped goes on.
 
@@ -36,8 +36,8 @@ from benchmarks._stability import MEANING, NOISES, PAIRED, PRESET_OF, REPEATS, S
 from benchmarks._store import SCORING, STEERING, Store, code_digest, digest, score_of
 from medsteer_core.demo import versions
 from medsteer_core.endophantom.bundle import Bundle
-from medsteer_core.evaluate import PairScore, score_pairs
 from medsteer_core.files.whole_file import write_whole
+from medsteer_core.scores.scorer import PairScore, score_pairs
 from medsteer_core.vectors import file as vector_file
 from medsteer_core.vectors.pathology_vector import PathologyVector
 

@@ -37,8 +37,8 @@ from benchmarks.quality import chunks
 from medsteer_core.demo import versions
 from medsteer_core.endophantom.bundle import Bundle
 from medsteer_core.errors import MedSteerError
-from medsteer_core.evaluate import score_pairs
 from medsteer_core.files.whole_file import write_whole
+from medsteer_core.scores.scorer import score_pairs
 from medsteer_core.vectors import file as vector_file
 from medsteer_core.vectors.pathology_vector import PathologyVector
 

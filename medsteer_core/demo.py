@@ -122,7 +122,7 @@ def pixels(data: bytes) -> Any:
 
 def judge(factual: Any, counterfactual: Any, workflow: Workflow) -> dict[str, Any]:
     """The pair's scores by the one scorer, between the classes that the extraction's two prompts name."""
-    from .evaluate import class_of, score_pair
+    from .scores.scorer import class_of, score_pair
 
     source, target = (class_of(extraction_prompt(workflow, role)) for role in ("present", "absent"))
     return score_pair(factual, counterfactual, source, target).to_dict()

@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import MedSteerError
-from .evaluate import score_pairs, summarise
-from .image_pairs import mean
-from .intervals import bootstrap
 from .judges.judge import Judge
-from .lpips import load_lpips
 from .pair_records import ARMS, COUNTERFACTUAL, RANDOM, REPROMPT, STRENGTH_ZERO
-from .pair_score import PairScore, rounded, structure_measure
+from .scores.images import mean
+from .scores.intervals import bootstrap
+from .scores.lpips import load_lpips
+from .scores.pair import PairScore, rounded, structure_measure
+from .scores.scorer import score_pairs, summarise
 
 # A pixel is of the finding from here on, by where the mask comes from: the concept map's is the structure lock's own.
 MASK_FROM = {"concept map": 0.2, "user": 0.5, "segmenter": 0.5}

@@ -25,7 +25,7 @@ from .evaluation import NO_MASK, Scored, report, scored
 from .evaluation_table import markdown, pairs_csv, text
 from .files.whole_file import write_whole
 from .judges.judge import Judge
-from .lpips import Lpips, load_lpips
+from .scores.lpips import Lpips, load_lpips
 
 EMBEDDED = "EndoPhantom"
 _TOLD = 20  # as many pairs that could not be read are named; the report has all
@@ -115,7 +115,7 @@ def _pixels(dataset: PairDataset, record: dict[str, Any], kind: str, mode: str) 
 
 def _judge(name: str, device: str) -> Judge:
     if name == EMBEDDED:
-        from .evaluate import embedded_judges
+        from .scores.scorer import embedded_judges
 
         return embedded_judges()
     from .judges.files import load_judge

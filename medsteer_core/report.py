@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .drawing import FAINT, Layout, axes_at, colour_bar, fitted, new_figure, pixels, show, show_colour, write
 from .errors import MedSteerError
-from .image_pairs import checked_pair
+from .scores.images import checked_pair
 
 MOST_PAIRS = 8
 # Smaller differences never fill the colours: sensor noise must not look like a finding.

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from .drawing import FAINT, Layout, fitted, new_figure, pixels, show_colour, write
 from .errors import MedSteerError
-from .evaluate import score_pairs, summarise
-from .image_pairs import checked_pair, compare
 from .judges.judge import Judge
-from .pair_score import PairScore
+from .scores.images import checked_pair, compare
+from .scores.pair import PairScore
+from .scores.scorer import score_pairs, summarise
 
 MOST_ROWS, MOST_COLUMNS = 6, 8
 _TITLE, _WORDS, _SMALL = 22, 19, 17

@@ -10,8 +10,8 @@ from comfy_api.latest import io, ui
 
 from ..medsteer_core.host import judge_folder
 from ..medsteer_core.host.notes import note
-from ..medsteer_core.image_pairs import channels_first
 from ..medsteer_core.pair_records import COUNTERFACTUAL, RANDOM, REPROMPT, STRENGTH_ZERO
+from ..medsteer_core.scores.images import channels_first
 from .types import CATEGORY, Vector
 
 _CONCEPT_MAP, _MASK = 2, 3  # Counterfactual Sampler's outputs by their place

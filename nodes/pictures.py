@@ -12,7 +12,7 @@ from comfy_api.latest import io, ui
 
 from ..medsteer_core.host import counterfactual as sampled
 from ..medsteer_core.host import judge_folder
-from ..medsteer_core.image_pairs import channels_first, compare_pairs
+from ..medsteer_core.scores.images import channels_first, compare_pairs
 from ..medsteer_core.summary import describe
 from .types import CATEGORY, Vector
 

@@ -42,7 +42,7 @@ def judge_of(name: str) -> Judge | None:
     if name == NONE:
         return None
     if name == EMBEDDED:
-        from ..evaluate import embedded_judges
+        from ..scores.scorer import embedded_judges
 
         return embedded_judges()
     from ..judges.files import load_judge

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from medsteer_core.demo import WORKFLOW
-from medsteer_core.evaluate import score_pair
+from medsteer_core.scores.scorer import score_pair
 from medsteer_core.workflow import WorkflowFailed, WorkflowInterrupted, WorkflowRefused
 
 EXAMPLE = json.loads(WORKFLOW.read_text())

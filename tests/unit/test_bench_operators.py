@@ -12,8 +12,8 @@ from benchmarks._operators_numbers import LEAST_SSIM, MOST_DRIFT, kept, newcombe
 from benchmarks._presets import PAIRS
 from benchmarks._store import Result
 from medsteer_core.errors import MedSteerError
-from medsteer_core.evaluate import PairScore
 from medsteer_core.extraction.samples_record import SampleRecord
+from medsteer_core.scores.scorer import PairScore
 from medsteer_core.steering.operators import OPERATORS, make_operator
 from medsteer_core.vectors.pathology_vector import PathologyVector, SiteDirections
 

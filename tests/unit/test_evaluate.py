@@ -7,12 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from medsteer_core import evaluate, image_pairs
 from medsteer_core.endophantom.judges import LABELS, Verdict
 from medsteer_core.endophantom.phantom import CLASSES, FINDINGS, Anatomy, render
 from medsteer_core.errors import MedSteerError
-from medsteer_core.evaluate import FINDINGS_OF, PairScore, score_pair, score_pairs, summarise, wilson
-from medsteer_core.image_pairs import compare
+from medsteer_core.scores import images as image_pairs
+from medsteer_core.scores import scorer as evaluate
+from medsteer_core.scores.images import compare
+from medsteer_core.scores.scorer import FINDINGS_OF, PairScore, score_pair, score_pairs, summarise, wilson
 
 SIDE = 64
 

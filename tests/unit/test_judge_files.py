@@ -12,13 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from medsteer_core import evaluate
 from medsteer_core.endophantom.phantom import CLASSES as KVASIR_CLASSES
 from medsteer_core.errors import MedSteerError
-from medsteer_core.evaluate import score_pair, score_pairs, summarise, wilson
 from medsteer_core.judges.files import load_judge
 from medsteer_core.judges.judge import Answers, Terms
 from medsteer_core.judges.preprocessing import Preprocessing
+from medsteer_core.scores import scorer as evaluate
+from medsteer_core.scores.scorer import score_pair, score_pairs, summarise, wilson
 
 LABELS = ["normal-cecum", "polyps", "ulcerative-colitis"]
 CARD = {

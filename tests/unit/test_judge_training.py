@@ -9,12 +9,12 @@ from PIL import Image
 
 from medsteer_core.endophantom.phantom import Anatomy, render
 from medsteer_core.errors import MedSteerError
-from medsteer_core.evaluate import score_pairs, summarise
 from medsteer_core.judges import training as judge_training
 from medsteer_core.judges.data import Listed, augmented, listed, pixels, read, split
 from medsteer_core.judges.files import load_judge
 from medsteer_core.judges.preprocessing import Preprocessing
 from medsteer_core.report import png
+from medsteer_core.scores.scorer import score_pairs, summarise
 
 CLASSES = ("dyed lifted polyps", "normal cecum", "ulcerative colitis")
 SIDE = 48

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from medsteer_core.lpips import WEIGHTS, load_lpips
+from medsteer_core.scores.lpips import WEIGHTS, load_lpips
 
 
 @pytest.fixture

@@ -16,12 +16,12 @@ from pairs import SIZE, square_mask, started
 
 from medsteer_core.dataset import PairDataset
 from medsteer_core.errors import MedSteerError
-from medsteer_core.evaluate import ENDOPHANTOM
-from medsteer_core.image_pairs import compare
 from medsteer_core.judges.judge import Answers
 from medsteer_core.pair_png import XMP_KEY
 from medsteer_core.pair_records import STRENGTH_ZERO
 from medsteer_core.pair_saving import CONCEPT_MAP, SaveRequest, save_pairs
+from medsteer_core.scores.images import compare
+from medsteer_core.scores.scorer import ENDOPHANTOM
 
 POLYP, DYE = (4, 6, 12, 8), (20, 20, 6, 6)
 

@@ -10,7 +10,7 @@ from torch import nn
 from benchmarks import _baselines, _curves, _methods, _presets, _sheet, _store, quality
 from benchmarks._presets import PAIRS, Pair, Preset, Presets
 from medsteer_core.errors import MedSteerError
-from medsteer_core.evaluate import PairScore
+from medsteer_core.scores.scorer import PairScore
 from medsteer_core.vectors.pathology_vector import PathologyVector, SiteDirections
 
 # Domination; points are (structure, flip rate)

@@ -5,7 +5,7 @@ import torch
 
 from medsteer_core.endophantom.phantom import Anatomy, render
 from medsteer_core.endophantom.walls import Canvas
-from medsteer_core.regions import dilated, lit_field, mean_where, overlap, share, share_of
+from medsteer_core.scores.regions import dilated, lit_field, mean_where, overlap, share, share_of
 
 
 def box(rows, columns, side=32):

@@ -12,7 +12,7 @@ from benchmarks._presets import PAIRS, Presets
 from benchmarks._stability import NOISES
 from benchmarks.samples import COUNTS, DEFAULT_PAIRS, Bench, Extraction
 from medsteer_core.errors import MedSteerError
-from medsteer_core.evaluate import PairScore
+from medsteer_core.scores.scorer import PairScore
 from medsteer_core.vectors.pathology_vector import PathologyVector, SiteDirections
 
 

@@ -5,9 +5,10 @@ import builtins
 import pytest
 import tiny
 import torch
-from medsteer_pack.medsteer_core import errors, image_pairs
+from medsteer_pack.medsteer_core import errors
 from medsteer_pack.medsteer_core.host import fingerprint, vector_folder
 from medsteer_pack.medsteer_core.host.pixart import AnySizePixArtMS
+from medsteer_pack.medsteer_core.scores import images as image_pairs
 from medsteer_pack.nodes.steer import Steer
 from medsteer_pack.nodes.vectors import LoadPathologyVector
 

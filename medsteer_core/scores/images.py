@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import MedSteerError, needs
+from ..errors import MedSteerError, needs
 
 CHANGED_LEVELS = 8
 # Stands for the infinite PSNR of equal images: JSON has no infinity, and a mean of pairs stays a number.

@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
-from .endophantom.judges import LABELS
-from .endophantom.judges import SIZE as JUDGE_SIZE
-from .endophantom.phantom import CLASSES, FINDINGS
-from .image_pairs import ssim_map
-from .judges.judge import Answers, Opinion, Terms
-from .pair_parts import (
+from ..endophantom.judges import LABELS
+from ..endophantom.judges import SIZE as JUDGE_SIZE
+from ..endophantom.phantom import CLASSES, FINDINGS
+from ..judges.judge import Answers, Opinion, Terms
+from .images import ssim_map
+from .parts import (
     DISTANCE_LIMIT,
     FINDING_NUMBERS,
     OUTSIDE_NUMBERS,

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .errors import needs
+from ..errors import needs
 
 # torchvision's AlexNet of ImageNet, under the name that torchvision gives the file.
 WEIGHTS = "alexnet-owt-7be5be79.pth"

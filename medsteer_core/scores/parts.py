@@ -11,8 +11,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .image_pairs import SSIM_WINDOW, changed, psnr
-from .judges.judge import Answers, Opinion, Terms
+from ..judges.judge import Answers, Opinion, Terms
+from .images import SSIM_WINDOW, changed, psnr
 from .regions import dilated, lit_field, mean_where, overlap, share, share_of
 
 # From here on an image is unlike any render: 1 is the 99th percentile of held-out renders (`judges.Distance`).
