@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._shared import aligned, common_options, finish, node
-from medsteer_core.dataset import PairDataset
+from medsteer_core.dataset.pair_dataset import PairDataset
 from medsteer_core.demo import ROOT
 from medsteer_core.errors import MedSteerError
 from medsteer_core.server import signals_as_interrupt

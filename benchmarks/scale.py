@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks._shared import aligned, common_options, finish
 from benchmarks.faults import workflow
-from medsteer_core.dataset import PairDataset
+from medsteer_core.dataset.pair_dataset import PairDataset
 from medsteer_core.demo import ROOT
 from medsteer_core.errors import MedSteerError
 from medsteer_core.scale.driver import Driver

@@ -16,9 +16,9 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
+from .dataset.records import ARMS, COUNTERFACTUAL, RANDOM, REPROMPT, STRENGTH_ZERO
 from .errors import MedSteerError
 from .judges.judge import Judge
-from .pair_records import ARMS, COUNTERFACTUAL, RANDOM, REPROMPT, STRENGTH_ZERO
 from .scores.images import mean
 from .scores.intervals import bootstrap
 from .scores.lpips import load_lpips

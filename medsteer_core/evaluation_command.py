@@ -1,4 +1,4 @@
-"""`python -m medsteer_core.evaluation FOLDER`: evaluate the pairs of a dataset folder (`dataset.py`).
+"""`python -m medsteer_core.evaluation FOLDER`: evaluate the pairs of a dataset folder (`dataset/pair_dataset.py`).
 
 Exit status 0: every pair was evaluated, and no null test failed; 1: a report was written, and a null test failed, a
 pair could not be read or the judge does not know a label; 2: nothing was evaluated. One pair is held at a time.
@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .dataset import PairDataset
+from .dataset.pair_dataset import PairDataset
 from .errors import MedSteerError
 from .evaluation import NO_MASK, Scored, report, scored
 from .evaluation_table import markdown, pairs_csv, text

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..medsteer_core.dataset import BOXES, NO_BOXES, PairDataset
+from ..medsteer_core.dataset.pair_dataset import BOXES, NO_BOXES, PairDataset
+from ..medsteer_core.dataset.records import ARMS, BY_CLASSES, COUNTERFACTUAL, FINDING_IN, label_problem
+from ..medsteer_core.dataset.splits import AUTO, CHOICES
 from ..medsteer_core.host import judge_folder, pair_folder
 from ..medsteer_core.host.notes import note
-from ..medsteer_core.pair_records import ARMS, BY_CLASSES, COUNTERFACTUAL, FINDING_IN, label_problem
-from ..medsteer_core.pair_splits import AUTO, CHOICES
 from .prompts import mask_of_sampler
 from .types import CATEGORY, Record
 
@@ -160,7 +160,7 @@ class SaveCounterfactualPairs(io.ComfyNode):
         mask=None,
     ) -> io.NodeOutput:
         hidden = cls.hidden
-        from ..medsteer_core.pair_saving import SaveRequest, save_pairs  # judges wait until a pair is saved
+        from ..medsteer_core.dataset.saving import SaveRequest, save_pairs  # judges wait until a pair is saved
 
         request = SaveRequest(
             factual=factual,

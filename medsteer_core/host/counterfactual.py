@@ -67,7 +67,7 @@ class Pair:
     concept_map: (B, h, w) in image pixels, 1 where the steering acts most
     mask: (B, h, w), 1 where the image could change
     mask_source: "none", "user" or "concept map"; summary: all that in words
-    records: for each counterfactual how it was made (see pair_records.py)
+    records: for each counterfactual how it was made (see dataset/records.py)
     """
 
     factual: Tensor

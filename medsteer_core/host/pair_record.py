@@ -13,7 +13,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_extras.nodes_custom_sampler import Noise_RandomNoise
 from torch import Tensor
 
-from ..pair_records import short_hash
+from ..dataset.records import short_hash
 from ..steering.plan import Steering, SteeringPlan
 from ..vectors.pathology_vector import PathologyVector
 from ..vectors.recipe import recipe
@@ -34,7 +34,7 @@ _OWN_OPTIONS = ("wrappers", "callbacks", "medsteer_plan")
 def records_of(
     model: ModelPatcher, plan: SteeringPlan, request: PairRequest, latents: Tensor, noise: Tensor, lock: _Lock
 ) -> list[dict[str, Any]]:
-    """A record (see pair_records.py) for each counterfactual image: all images of the first multiple come first.
+    """A record (see dataset/records.py) for each counterfactual image: all images of the first multiple come first.
 
     ``latents (B, C, ...)`` are those that the run started from and ``noise`` what was added; ``lock``: what held the
     rest of the image fast, one for each image.

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..dataset import PairDataset
+from ..dataset.pair_dataset import PairDataset
 from ..errors import MedSteerError
 from ..server import ServerError, checked_comfyui, comfyui_from_environment, signals_as_interrupt
 from ..workflow import WorkflowError

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
-from ..dataset import PairDataset
+from ..dataset.pair_dataset import PairDataset
 from ..errors import MedSteerError
 from .ledger import POISON, Ledger
 from .pool import WorkerLost

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..dataset import PairDataset
+from ..dataset.pair_dataset import PairDataset
 from .tasks import Tasks
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from ..dataset.records import short_hash
 from ..errors import MedSteerError
 from ..overrides import OverrideError, only_input, place
-from ..pair_records import short_hash
 from ..workflow import Workflow, node_title
 from .plan import Choice, Plan
 

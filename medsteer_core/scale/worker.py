@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..client import ComfyClient
-from ..dataset import PairDataset
+from ..dataset.pair_dataset import PairDataset
 from ..errors import MedSteerError
 from ..server import ComfyServer, ServerError, comfyui_from_environment
 from ..workflow import WorkflowError, WorkflowFailed, WorkflowInterrupted, WorkflowRefused

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from medsteer_core.dataset.records import SYNTHETIC, files_of, to_bytes
 from medsteer_core.demo import WORKFLOW
-from medsteer_core.pair_records import SYNTHETIC, files_of, to_bytes
 from medsteer_core.workflow import WorkflowFailed, WorkflowRefused
 
 EXAMPLE = json.loads(WORKFLOW.read_text())

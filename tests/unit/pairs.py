@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from medsteer_core.pair_boxes import boxes_of
-from medsteer_core.pair_records import finish, short_hash
+from medsteer_core.dataset.boxes import boxes_of
+from medsteer_core.dataset.records import finish, short_hash
 
 SIZE = 32
 

@@ -17,11 +17,11 @@ import pytest
 sys.path.append(str(Path(__file__).parent))
 from pairs import pair, png, square_mask, started
 
-from medsteer_core.dataset import PairDataset
+from medsteer_core.dataset.pair_dataset import PairDataset
+from medsteer_core.dataset.records import files_of, finish, pair_id_of, record_file
+from medsteer_core.dataset.splits import check_unseen, split_of
+from medsteer_core.dataset.store import WORK, store_at
 from medsteer_core.errors import MedSteerError
-from medsteer_core.pair_records import files_of, finish, pair_id_of, record_file
-from medsteer_core.pair_splits import check_unseen, split_of
-from medsteer_core.pair_store import WORK, store_at
 
 FORK = "fork" in multiprocessing.get_all_start_methods()
 MASK = square_mask((3, 4, 10, 6))

@@ -16,11 +16,11 @@ from PIL import Image
 sys.path.append(str(Path(__file__).parent))
 from pairs import SIZE, pair, square_mask, started
 
-from medsteer_core.dataset import PairDataset
+from medsteer_core.dataset.boxes import boxes_of
+from medsteer_core.dataset.pair_dataset import PairDataset
+from medsteer_core.dataset.png import XMP_KEY, image_png, in_levels, mask_png
+from medsteer_core.dataset.records import METADATA, SYNTHETIC, metadata_of
 from medsteer_core.errors import MedSteerError
-from medsteer_core.pair_boxes import boxes_of
-from medsteer_core.pair_png import XMP_KEY, image_png, in_levels, mask_png
-from medsteer_core.pair_records import METADATA, SYNTHETIC, metadata_of
 
 DOC = Path(__file__).parents[2] / "docs" / "dataset.md"
 SQUARES = [(3, 4, 10, 6), (20, 18, 5, 9)]

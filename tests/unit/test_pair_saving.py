@@ -14,12 +14,12 @@ from PIL import Image
 sys.path.append(str(Path(__file__).parent))
 from pairs import SIZE, square_mask, started
 
-from medsteer_core.dataset import PairDataset
+from medsteer_core.dataset.pair_dataset import PairDataset
+from medsteer_core.dataset.png import XMP_KEY
+from medsteer_core.dataset.records import STRENGTH_ZERO
+from medsteer_core.dataset.saving import CONCEPT_MAP, SaveRequest, save_pairs
 from medsteer_core.errors import MedSteerError
 from medsteer_core.judges.judge import Answers
-from medsteer_core.pair_png import XMP_KEY
-from medsteer_core.pair_records import STRENGTH_ZERO
-from medsteer_core.pair_saving import CONCEPT_MAP, SaveRequest, save_pairs
 from medsteer_core.scores.images import compare
 from medsteer_core.scores.scorer import ENDOPHANTOM
 

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
+from medsteer_core.dataset.store import WORK, LocalStore, RemoteStore, store_at
 from medsteer_core.errors import MedSteerError
-from medsteer_core.pair_store import WORK, LocalStore, RemoteStore, store_at
 
 FORK = "fork" in multiprocessing.get_all_start_methods()
 

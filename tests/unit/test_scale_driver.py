@@ -6,7 +6,7 @@ from collections import deque
 
 import pytest
 
-from medsteer_core.dataset import PairDataset
+from medsteer_core.dataset.pair_dataset import PairDataset
 from medsteer_core.errors import MedSteerError
 from medsteer_core.scale.__main__ import main, probe
 from medsteer_core.scale.driver import Driver, RunFailed

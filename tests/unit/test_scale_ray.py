@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from medsteer_core.dataset import PairDataset
+from medsteer_core.dataset.pair_dataset import PairDataset
 from medsteer_core.errors import MedSteerError
 from medsteer_core.scale.driver import Driver
 from medsteer_core.scale.plan import Limits, Plan

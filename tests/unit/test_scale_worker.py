@@ -7,8 +7,8 @@ import json
 import pytest
 from PIL import Image
 
-from medsteer_core.dataset import PairDataset
-from medsteer_core.pair_records import finish
+from medsteer_core.dataset.pair_dataset import PairDataset
+from medsteer_core.dataset.records import finish
 from medsteer_core.scale import worker as worker_module
 from medsteer_core.scale.plan import Plan
 from medsteer_core.scale.tasks import Tasks

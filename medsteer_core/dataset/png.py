@@ -10,7 +10,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from .pair_records import SYNTHETIC
+from .records import SYNTHETIC
 
 XMP_KEY = "XML:com.adobe.xmp"
 # XMP specification, part 1 (ISO 16684-1): the packet's marks; the property is of IPTC's photo metadata standard.

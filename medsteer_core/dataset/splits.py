@@ -10,8 +10,8 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .errors import MedSteerError
-from .pair_records import SPLITS
+from ..errors import MedSteerError
+from .records import SPLITS
 
 AUTO = "auto"
 CHOICES = (AUTO, *SPLITS)

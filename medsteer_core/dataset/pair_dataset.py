@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
-from .dataset_card import card
-from .errors import MedSteerError
-from .pair_boxes import coco_of, yolo_files
-from .pair_png import mask_png
-from .pair_records import METADATA, NO_MASK, SIDES, SPLITS, check, files_of, metadata_of, record_file, to_bytes
-from .pair_splits import check_unseen, group_file
-from .pair_store import PairStore, store_at
+from ..errors import MedSteerError
+from .boxes import coco_of, yolo_files
+from .card import card
+from .png import mask_png
+from .records import METADATA, NO_MASK, SIDES, SPLITS, check, files_of, metadata_of, record_file, to_bytes
+from .splits import check_unseen, group_file
+from .store import PairStore, store_at
 
 NO_BOXES, COCO, YOLO, BOTH = "none", "COCO", "YOLO", "both"
 BOXES = (NO_BOXES, COCO, YOLO, BOTH)

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from .errors import MedSteerError
+from ..errors import MedSteerError
 
 # What only the store uses: locks and files that are being written. Hidden, so that loaders of datasets skip it.
 WORK = ".medsteer"

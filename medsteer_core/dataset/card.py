@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from .pair_records import COUNTERFACTUAL, SPLITS, Lines
+from .records import COUNTERFACTUAL, SPLITS, Lines
 
 MANY = 20  # of a kind, that are named
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .errors import needs
-from .pair_records import COUNTERFACTUAL, SIDES, SPLITS, Lines
+from ..errors import needs
+from .records import COUNTERFACTUAL, SIDES, SPLITS, Lines
 
 # Marked specks smaller than this share of the picture are no finding: 8 pixels of 128 x 128.
 LEAST_SHARE = 0.0005

@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .dataset import NO_BOXES, PairDataset, check_boxes
-from .errors import MedSteerError
-from .judges.judge import Judge, Opinion, Terms
-from .pair_boxes import boxes_of
-from .pair_png import image_png, in_levels, mask_png
-from .pair_records import BY_CLASSES, COUNTERFACTUAL, FINDING_IN, IN_BOTH, SIDES, STRENGTH_ZERO, finish
-from .pair_splits import AUTO, check_unseen, split_of
-from .scores.images import checked_pair, compare
-from .scores.scorer import ENDOPHANTOM, score_pairs
+from ..errors import MedSteerError
+from ..judges.judge import Judge, Opinion, Terms
+from ..scores.images import checked_pair, compare
+from ..scores.scorer import ENDOPHANTOM, score_pairs
+from .boxes import boxes_of
+from .pair_dataset import NO_BOXES, PairDataset, check_boxes
+from .png import image_png, in_levels, mask_png
+from .records import BY_CLASSES, COUNTERFACTUAL, FINDING_IN, IN_BOTH, SIDES, STRENGTH_ZERO, finish
+from .splits import AUTO, check_unseen, split_of
 
 USER, CONCEPT_MAP, SEGMENTER, NO_MASK = "user", "concept map", "segmenter", "none"
 RECORD_TEXT = "medsteer_record"  # the record's chunk in a PNG
