@@ -98,9 +98,9 @@ class EvaluatePairs(io.ComfyNode):
         reprompted: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         from ..medsteer_core.errors import MedSteerError
-        from ..medsteer_core.evaluation import evaluate_batches
-        from ..medsteer_core.evaluation_plot import evaluation_picture
-        from ..medsteer_core.evaluation_table import in_short, text
+        from ..medsteer_core.evaluation.plot import evaluation_picture
+        from ..medsteer_core.evaluation.report import evaluate_batches
+        from ..medsteer_core.evaluation.table import in_short, text
         from ..medsteer_core.host.progress import counter
 
         if problem := _problem(judge):

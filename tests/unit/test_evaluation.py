@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from medsteer_core import evaluation, evaluation_table
 from medsteer_core.dataset.records import COUNTERFACTUAL, RANDOM, REPROMPT, STRENGTH_ZERO
 from medsteer_core.errors import MedSteerError
-from medsteer_core.evaluation import evaluate_batches, report, scored
-from medsteer_core.evaluation_plot import WIDTH, evaluation_picture
+from medsteer_core.evaluation import report as evaluation
+from medsteer_core.evaluation import table as evaluation_table
+from medsteer_core.evaluation.plot import WIDTH, evaluation_picture
+from medsteer_core.evaluation.report import evaluate_batches, report, scored
 from medsteer_core.judges.judge import Answers, Terms
 from medsteer_core.scores.pair import PairScore
 from medsteer_core.scores.scorer import score_pairs, summarise, wilson

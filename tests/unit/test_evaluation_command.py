@@ -9,12 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from medsteer_core import evaluation, evaluation_command
 from medsteer_core.dataset.pair_dataset import PairDataset
 from medsteer_core.dataset.records import COUNTERFACTUAL, RANDOM, STRENGTH_ZERO, finish, short_hash
 from medsteer_core.endophantom.phantom import Anatomy, render
-from medsteer_core.evaluation import evaluate_batches
-from medsteer_core.evaluation_command import main
+from medsteer_core.evaluation import command as evaluation_command
+from medsteer_core.evaluation import report as evaluation
+from medsteer_core.evaluation.command import main
+from medsteer_core.evaluation.report import evaluate_batches
 from medsteer_core.scores.scorer import embedded_judges
 
 SOURCE, TARGET = "polyps", "normal cecum"

@@ -9,9 +9,9 @@ import folder_paths
 import pytest
 import tiny
 import torch
-from medsteer_pack.medsteer_core import evaluation
 from medsteer_pack.medsteer_core.endophantom.phantom import Anatomy, render
 from medsteer_pack.medsteer_core.errors import MedSteerError
+from medsteer_pack.medsteer_core.evaluation import report as evaluation
 from medsteer_pack.medsteer_core.host import vector_folder
 from medsteer_pack.nodes.evaluate import EvaluatePairs, RandomDirection
 

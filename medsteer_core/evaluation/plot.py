@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dataset.records import COUNTERFACTUAL, RANDOM, REPROMPT, STRENGTH_ZERO
-from .drawing import DPI, FAINT, INK, LINE, Layout, axes_at, new_figure, pixels, write
-from .evaluation_table import MEASURES, null_test, outside_of, title
+from ..dataset.records import COUNTERFACTUAL, RANDOM, REPROMPT, STRENGTH_ZERO
+from ..drawing import DPI, FAINT, INK, LINE, Layout, axes_at, new_figure, pixels, write
+from .table import MEASURES, null_test, outside_of, title
 
 WIDTH, _LEFT, _GAP, _TOP, _ROW = 1060, 214, 34, 112, 84
 _TITLE, _WORDS, _SMALL = 24, 20, 17

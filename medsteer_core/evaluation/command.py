@@ -19,13 +19,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .dataset.pair_dataset import PairDataset
-from .errors import MedSteerError
-from .evaluation import NO_MASK, Scored, report, scored
-from .evaluation_table import markdown, pairs_csv, text
-from .files.whole_file import write_whole
-from .judges.judge import Judge
-from .scores.lpips import Lpips, load_lpips
+from ..dataset.pair_dataset import PairDataset
+from ..errors import MedSteerError
+from ..files.whole_file import write_whole
+from ..judges.judge import Judge
+from ..scores.lpips import Lpips, load_lpips
+from .report import NO_MASK, Scored, report, scored
+from .table import markdown, pairs_csv, text
 
 EMBEDDED = "EndoPhantom"
 _TOLD = 20  # as many pairs that could not be read are named; the report has all
@@ -115,10 +115,10 @@ def _pixels(dataset: PairDataset, record: dict[str, Any], kind: str, mode: str) 
 
 def _judge(name: str, device: str) -> Judge:
     if name == EMBEDDED:
-        from .scores.scorer import embedded_judges
+        from ..scores.scorer import embedded_judges
 
         return embedded_judges()
-    from .judges.files import load_judge
+    from ..judges.files import load_judge
 
     if not Path(name).exists():
         raise MedSteerError(
@@ -136,7 +136,7 @@ def _beside(folder: str) -> str:
 
 
 def _write(output: Path, found: dict[str, Any]) -> None:
-    from .evaluation_plot import evaluation_picture
+    from .plot import evaluation_picture
 
     picture = (evaluation_picture(found["groups"]).movedim(0, -1) * 255).round().byte().numpy()
     png = io.BytesIO()

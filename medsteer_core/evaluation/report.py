@@ -4,7 +4,7 @@
 `report` makes one record for JSON of many. All numbers of a pair are `evaluate.score_pairs`'s, all rates and intervals
 `evaluate.summarise`'s; here they are put side by side, arm by arm, with what each control should show.
 
-    python -m medsteer_core.evaluation output/medsteer/pairs    (`evaluation_command`)
+    python -m medsteer_core.evaluation output/medsteer/pairs    (`command`)
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from .dataset.records import ARMS, COUNTERFACTUAL, RANDOM, REPROMPT, STRENGTH_ZERO
-from .errors import MedSteerError
-from .judges.judge import Judge
-from .scores.images import mean
-from .scores.intervals import bootstrap
-from .scores.lpips import load_lpips
-from .scores.pair import PairScore, rounded, structure_measure
-from .scores.scorer import score_pairs, summarise
+from ..dataset.records import ARMS, COUNTERFACTUAL, RANDOM, REPROMPT, STRENGTH_ZERO
+from ..errors import MedSteerError
+from ..judges.judge import Judge
+from ..scores.images import mean
+from ..scores.intervals import bootstrap
+from ..scores.lpips import load_lpips
+from ..scores.pair import PairScore, rounded, structure_measure
+from ..scores.scorer import score_pairs, summarise
 
 # A pixel is of the finding from here on, by where the mask comes from: the concept map's is the structure lock's own.
 MASK_FROM = {"concept map": 0.2, "user": 0.5, "segmenter": 0.5}
@@ -227,11 +227,3 @@ def _above(high: Sequence[float] | None, low: Sequence[float] | None) -> str:
     if high is None or low is None:
         return UNDECIDED
     return AS_EXPECTED if high[0] > low[1] else NOT_AS_EXPECTED if high[1] < low[0] else UNDECIDED
-
-
-if __name__ == "__main__":
-    import sys
-
-    from .evaluation_command import main
-
-    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The report over many pairs, and its command."""
