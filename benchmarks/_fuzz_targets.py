@@ -27,10 +27,10 @@ from medsteer_core.errors import MedSteerError
 from medsteer_core.extraction.sample_report import AUROC, recorded
 from medsteer_core.judges import card as judge_json
 from medsteer_core.judges import timm_network as timm_judge
+from medsteer_core.pictures.summary import describe
+from medsteer_core.pictures.vector_maps import classes_along, gap_map, separability_map, stability_map
 from medsteer_core.scale import plan, yaml_file
 from medsteer_core.steering.selection import select_sites
-from medsteer_core.summary import describe
-from medsteer_core.vector_maps import classes_along, gap_map, separability_map, stability_map
 from medsteer_core.vectors import file as vector_file
 from medsteer_core.vectors import reference_files, reference_vectors
 from medsteer_core.vectors.pathology_vector import PathologyVector, SiteDirections

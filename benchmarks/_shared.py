@@ -16,7 +16,7 @@ from torch import Tensor
 from medsteer_core.demo import ROOT
 from medsteer_core.errors import MedSteerError, needs
 from medsteer_core.files.whole_file import write_whole
-from medsteer_core.report import png
+from medsteer_core.pictures.difference import png
 from medsteer_core.scores.scorer import embedded_judges
 from medsteer_core.server import ServerError
 from medsteer_core.workflow import WorkflowError

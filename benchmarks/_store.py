@@ -27,7 +27,7 @@ from benchmarks._presets import Pair
 from medsteer_core.demo import ROOT
 from medsteer_core.endophantom.bundle import Bundle
 from medsteer_core.files.whole_file import write_whole
-from medsteer_core.report import png
+from medsteer_core.pictures.difference import png
 from medsteer_core.scores.scorer import PairScore, score_pairs
 from medsteer_core.vectors import file as vector_file
 from medsteer_core.vectors.pathology_vector import PathologyVector, canonical_json

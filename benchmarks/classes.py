@@ -30,7 +30,7 @@ from medsteer_core.client import ComfyClient
 from medsteer_core.demo import ROOT, ProgressLine, versions
 from medsteer_core.endophantom.bundle import Bundle
 from medsteer_core.endophantom.phantom import CLASSES
-from medsteer_core.report import MOST_PAIRS, contact_sheet
+from medsteer_core.pictures.difference import MOST_PAIRS, contact_sheet
 from medsteer_core.scores.scorer import embedded_judges, wilson
 from medsteer_core.server import ComfyServer, comfyui_from_environment
 from medsteer_core.workflow import Workflow

@@ -30,7 +30,7 @@ from benchmarks._store import Result, Store
 from medsteer_core.demo import versions
 from medsteer_core.endophantom.bundle import Bundle
 from medsteer_core.files.whole_file import write_whole
-from medsteer_core.report import png
+from medsteer_core.pictures.difference import png
 from medsteer_core.scores import scorer as evaluate
 
 SHEET_ROWS = 3

@@ -130,7 +130,7 @@ def judge(factual: Any, counterfactual: Any, workflow: Workflow) -> dict[str, An
 
 def strip(factual: Any, counterfactual: Any) -> bytes:
     """Factual, counterfactual and difference in one captioned PNG."""
-    from .report import pair_strip, png
+    from .pictures.difference import pair_strip, png
 
     return png(pair_strip(factual, counterfactual))
 

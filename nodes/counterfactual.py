@@ -36,7 +36,7 @@ class CounterfactualCompare(io.ComfyNode):
 
     @classmethod
     def execute(cls, factual: torch.Tensor, counterfactual: torch.Tensor) -> io.NodeOutput:
-        from ..medsteer_core.report import difference_image  # ComfyUI's start does not wait for what draws
+        from ..medsteer_core.pictures.difference import difference_image  # ComfyUI's start does not wait for what draws
 
         first, second = (channels_first(image) for image in (factual, counterfactual))
         compared = compare_pairs(first, second)

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..medsteer_core.host import extraction, sample_folder, sampling
 from ..medsteer_core.host.notes import note
-from ..medsteer_core.summary import describe
+from ..medsteer_core.pictures.summary import describe
 from .prompts import prompt_text
 from .types import CATEGORY, Vector
 

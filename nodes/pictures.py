@@ -12,8 +12,8 @@ from comfy_api.latest import io, ui
 
 from ..medsteer_core.host import counterfactual as sampled
 from ..medsteer_core.host import judge_folder
+from ..medsteer_core.pictures.summary import describe
 from ..medsteer_core.scores.images import channels_first, compare_pairs
-from ..medsteer_core.summary import describe
 from .types import CATEGORY, Vector
 
 # The workflow goes into the preview's PNG, as core's Preview Image does it.
@@ -42,7 +42,7 @@ class InspectVector(io.ComfyNode):
 
     @classmethod
     def execute(cls, vector) -> io.NodeOutput:
-        from ..medsteer_core.vector_plot import vector_picture
+        from ..medsteer_core.pictures.vector_plot import vector_picture
 
         picture = _as_image(vector_picture(vector))
         return io.NodeOutput(picture, describe(vector), ui=ui.PreviewImage(picture, cls=cls))
@@ -80,7 +80,7 @@ class CounterfactualPanel(io.ComfyNode):
 
     @classmethod
     def execute(cls, factual: torch.Tensor, counterfactual: torch.Tensor, concept_map=None) -> io.NodeOutput:
-        from ..medsteer_core.panel import pair_panel
+        from ..medsteer_core.pictures.panel import pair_panel
 
         first, second = channels_first(factual), channels_first(counterfactual)
         panel = _as_image(pair_panel(first, second, concept_map))
@@ -142,7 +142,7 @@ class StrengthSweep(io.ComfyNode):
     def execute(
         cls, factual: torch.Tensor, counterfactual: torch.Tensor, strengths, judge, source_class, target_class
     ) -> io.NodeOutput:
-        from ..medsteer_core.sweep import records, sweep, sweep_picture, table
+        from ..medsteer_core.pictures.sweep import records, sweep, sweep_picture, table
 
         first, second = channels_first(factual), channels_first(counterfactual)
         multiples, by = sampled.multiples_of(strengths), judge_folder.judge_of(judge)

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..medsteer_core.host import reference_import, vector_folder
 from ..medsteer_core.host.notes import note
 from ..medsteer_core.host.sharing import kept_with_recipe, shown_with_recipe
-from ..medsteer_core.summary import describe
+from ..medsteer_core.pictures.summary import describe
 from .types import CATEGORY, Vector
 
 

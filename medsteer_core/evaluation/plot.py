@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..dataset.records import COUNTERFACTUAL, RANDOM, REPROMPT, STRENGTH_ZERO
-from ..drawing import DPI, FAINT, INK, LINE, Layout, axes_at, new_figure, pixels, write
+from ..pictures.drawing import DPI, FAINT, INK, LINE, Layout, axes_at, new_figure, pixels, write
 from .table import MEASURES, null_test, outside_of, title
 
 WIDTH, _LEFT, _GAP, _TOP, _ROW = 1060, 214, 34, 112, 84

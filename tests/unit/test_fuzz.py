@@ -21,11 +21,11 @@ from benchmarks._fuzz_targets import TARGETS
 from benchmarks._fuzz_worker import Range
 from medsteer_core.endophantom.text import VOCABULARY, tokenize
 from medsteer_core.errors import MedSteerError
+from medsteer_core.pictures.sweep import sweep
 from medsteer_core.scores.images import compare
 from medsteer_core.steering.operators import make_operator
 from medsteer_core.steering.selection import select_sites
 from medsteer_core.steering.token_map import mask_for_latent, token_weights
-from medsteer_core.sweep import sweep
 from medsteer_core.vectors.pathology_vector import StepDirection
 from medsteer_core.vectors.schedule import SigmaWindow, interpolate_index
 

@@ -17,8 +17,8 @@ from medsteer_core.checkpoints.peft_patterns import Clock
 from medsteer_core.errors import MedSteerError
 from medsteer_core.judges import card as judge_json
 from medsteer_core.judges.onnx_network import _session
+from medsteer_core.pictures.vector_plot import vector_picture
 from medsteer_core.steering.selection import select_sites
-from medsteer_core.vector_plot import vector_picture
 from medsteer_core.vectors import file as vector_file
 from medsteer_core.vectors import reference_files
 from medsteer_core.vectors.pathology_vector import PathologyVector, SiteDirections

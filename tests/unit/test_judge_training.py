@@ -13,7 +13,7 @@ from medsteer_core.judges import training as judge_training
 from medsteer_core.judges.data import Listed, augmented, listed, pixels, read, split
 from medsteer_core.judges.files import load_judge
 from medsteer_core.judges.preprocessing import Preprocessing
-from medsteer_core.report import png
+from medsteer_core.pictures.difference import png
 from medsteer_core.scores.scorer import score_pairs, summarise
 
 CLASSES = ("dyed lifted polyps", "normal cecum", "ulcerative colitis")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from medsteer_core.errors import MedSteerError
-from medsteer_core.panel import pair_panel
+from medsteer_core.pictures.panel import pair_panel
 
 GREY = torch.full((1, 3, 32, 32), 0.5)
 CELL, LEFT, TOP = 300, 12, 52

@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from medsteer_core.errors import MedSteerError
+from medsteer_core.pictures.summary import describe
 from medsteer_core.steering.operators import make_operator
-from medsteer_core.summary import describe
 from medsteer_core.vectors.algebra import subtract
 from medsteer_core.vectors.pathology_vector import PathologyVector, SiteDirections
 from medsteer_core.vectors.random_direction import describe_drawn, drawn, normal_weights, random_direction

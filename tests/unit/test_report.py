@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from medsteer_core.errors import MedSteerError
-from medsteer_core.report import contact_sheet, difference_image, luminance_difference, pair_strip, png
+from medsteer_core.pictures.difference import contact_sheet, difference_image, luminance_difference, pair_strip, png
 
 GREY = torch.full((3, 64, 64), 0.5)
 ORANGE, PURPLE, NEUTRAL = (1, 0, -1)

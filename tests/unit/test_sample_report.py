@@ -21,7 +21,7 @@ from medsteer_core.extraction.sample_report import (
     separability_facts,
 )
 from medsteer_core.extraction.samples_record import SampleRecord
-from medsteer_core.summary import describe
+from medsteer_core.pictures.summary import describe
 from medsteer_core.vectors.pathology_vector import PathologyVector
 
 FACTS = {"noise": "paired", "samples": 24, "prompts": {}}

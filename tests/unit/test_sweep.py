@@ -9,7 +9,7 @@ import torch
 
 from medsteer_core.errors import MedSteerError
 from medsteer_core.judges.judge import Answers, Terms
-from medsteer_core.sweep import by_strength, records, sweep, sweep_picture, table
+from medsteer_core.pictures.sweep import by_strength, records, sweep, sweep_picture, table
 
 STRENGTHS = (0.5, 1.0)
 FACTUAL = torch.full((3, 3, 24, 24), 0.2)

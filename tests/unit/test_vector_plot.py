@@ -8,7 +8,7 @@ import torch
 from medsteer_core.extraction.sample_estimators import estimate
 from medsteer_core.extraction.sample_report import KEY, PROJECTIONS, separability_facts
 from medsteer_core.extraction.samples_record import SampleRecord
-from medsteer_core.vector_maps import (
+from medsteer_core.pictures.vector_maps import (
     BlockMap,
     Missing,
     block_numbers,
@@ -17,7 +17,7 @@ from medsteer_core.vector_maps import (
     separability_map,
     stability_map,
 )
-from medsteer_core.vector_plot import vector_picture
+from medsteer_core.pictures.vector_plot import vector_picture
 from medsteer_core.vectors.algebra import add
 from medsteer_core.vectors.pathology_vector import PathologyVector
 

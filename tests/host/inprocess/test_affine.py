@@ -8,7 +8,7 @@ import torch
 from medsteer_pack.medsteer_core.endophantom.bundle import Bundle
 from medsteer_pack.medsteer_core.errors import MedSteerError
 from medsteer_pack.medsteer_core.host import extraction, sampling
-from medsteer_pack.medsteer_core.summary import describe
+from medsteer_pack.medsteer_core.pictures.summary import describe
 from medsteer_pack.medsteer_core.vectors import file as vector_file
 
 PRESENT, ABSENT, NEGATIVE = tiny.cond(1), tiny.cond(2), tiny.cond(3, tokens=2)

@@ -15,7 +15,7 @@ from medsteer_pack.medsteer_core.extraction.estimators import mean_difference
 from medsteer_pack.medsteer_core.extraction.sample_estimators import ESTIMATORS
 from medsteer_pack.medsteer_core.host import extraction, patch, sampling, steer
 from medsteer_pack.medsteer_core.host.fingerprint import fingerprint
-from medsteer_pack.medsteer_core.summary import describe
+from medsteer_pack.medsteer_core.pictures.summary import describe
 from medsteer_pack.nodes.prompts import prompt_text
 
 PRESENT, ABSENT, NEGATIVE = tiny.cond(1), tiny.cond(2), tiny.cond(3, tokens=2)

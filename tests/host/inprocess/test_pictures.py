@@ -11,7 +11,7 @@ import torch
 from comfy_extras.nodes_image_compare import ImageCompare
 from medsteer_pack.medsteer_core.errors import MedSteerError
 from medsteer_pack.medsteer_core.host import extraction, judge_folder, vector_folder
-from medsteer_pack.medsteer_core.summary import describe
+from medsteer_pack.medsteer_core.pictures.summary import describe
 from medsteer_pack.nodes.pictures import CounterfactualPanel, InspectVector, StrengthSweep
 
 PRESENT, ABSENT, NEGATIVE = tiny.cond(1), tiny.cond(2), tiny.cond(3, tokens=2)

@@ -10,7 +10,7 @@ from medsteer_pack.medsteer_core.errors import MedSteerError
 from medsteer_pack.medsteer_core.extraction.prompt_contexts import filled
 from medsteer_pack.medsteer_core.extraction.sample_store import SampleStore
 from medsteer_pack.medsteer_core.host import contexts, extraction, sampling
-from medsteer_pack.medsteer_core.summary import describe
+from medsteer_pack.medsteer_core.pictures.summary import describe
 
 PRESENT, ABSENT, NEGATIVE = tiny.cond(1), tiny.cond(2), tiny.cond(3, tokens=2)
 SITES = [f"blocks.{index}.cross_attn.proj" for index in range(tiny.DEPTH)]

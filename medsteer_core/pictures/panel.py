@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..errors import MedSteerError
+from ..scores.images import checked_pair, compare_pairs
+from .difference import difference_legend, difference_scale, luminance_difference, show_levels
 from .drawing import FAINT, Layout, axes_at, colour_bar, fitted, new_figure, pixels, show, show_colour, write
-from .errors import MedSteerError
-from .report import difference_legend, difference_scale, luminance_difference, show_levels
-from .scores.images import checked_pair, compare_pairs
 
 MOST_ROWS = 4
 CAPTIONS = ("factual", "counterfactual", "difference", "concept map")

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .extraction.sample_report import AUROC, KEY, LEAST_SAMPLES, STABILITY, recorded, recorded_projections
-from .vectors.combined_facts import is_combined
-from .vectors.pathology_vector import PathologyVector
-from .vectors.reference_vectors import is_imported
+from ..extraction.sample_report import AUROC, KEY, LEAST_SAMPLES, STABILITY, recorded, recorded_projections
+from ..vectors.combined_facts import is_combined
+from ..vectors.pathology_vector import PathologyVector
+from ..vectors.reference_vectors import is_imported
 
 # Of the numbers of a map this share has colours of its own.
 _MOST = 0.95

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..errors import MedSteerError
+from ..scores.images import checked_pair
 from .drawing import FAINT, Layout, axes_at, colour_bar, fitted, new_figure, pixels, show, show_colour, write
-from .errors import MedSteerError
-from .scores.images import checked_pair
 
 MOST_PAIRS = 8
 # Smaller differences never fill the colours: sensor noise must not look like a finding.

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .extraction.sample_estimators import ESTIMATORS
-from .extraction.sample_report import describe_separability
-from .vectors.combined_facts import describe_combined, is_combined
-from .vectors.pathology_vector import PathologyVector
-from .vectors.reference_vectors import describe_imported, is_imported
+from ..extraction.sample_estimators import ESTIMATORS
+from ..extraction.sample_report import describe_separability
+from ..vectors.combined_facts import describe_combined, is_combined
+from ..vectors.pathology_vector import PathologyVector
+from ..vectors.reference_vectors import describe_imported, is_imported
 
 
 def describe(vector: PathologyVector) -> str:

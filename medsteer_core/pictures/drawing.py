@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import needs
+from ..errors import needs
 
 DPI = 100
 INK, FAINT, LINE = "#1c2126", "#5b636b", "#b9bfc6"

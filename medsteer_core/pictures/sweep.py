@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import MedSteerError
+from ..judges.judge import Judge
+from ..scores.images import checked_pair, compare
+from ..scores.pair import PairScore
+from ..scores.scorer import score_pairs, summarise
 from .drawing import FAINT, Layout, fitted, new_figure, pixels, show_colour, write
-from .errors import MedSteerError
-from .judges.judge import Judge
-from .scores.images import checked_pair, compare
-from .scores.pair import PairScore
-from .scores.scorer import score_pairs, summarise
 
 MOST_ROWS, MOST_COLUMNS = 6, 8
 _TITLE, _WORDS, _SMALL = 22, 19, 17

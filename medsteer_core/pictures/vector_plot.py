@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from ..extraction.sample_report import AUROC, recorded
+from ..vectors.combined_facts import is_combined
+from ..vectors.pathology_vector import PathologyVector
 from .drawing import DPI, FAINT, INK, LINE, Layout, axes_at, colour_bar, new_figure, pixels, write
-from .extraction.sample_report import AUROC, recorded
 from .vector_maps import (
     Along,
     BlockMap,
@@ -19,8 +21,6 @@ from .vector_maps import (
     separability_map,
     stability_map,
 )
-from .vectors.combined_facts import is_combined
-from .vectors.pathology_vector import PathologyVector
 
 # Orange and blue of Okabe and Ito's palette, which every kind of colour vision tells apart.
 PRESENT, ABSENT = "#d98200", "#0072b2"

@@ -1,0 +1,1 @@
+"""What people look at, as image tensors and text."""
