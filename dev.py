@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from medsteer_core.server import ComfyServer, ServerError, checked_comfyui, free_port, signals_as_interrupt
+from medsteer_core.run.server import ComfyServer, ServerError, checked_comfyui, free_port, signals_as_interrupt
 
 ROOT = Path(__file__).resolve().parent
 PINS = ROOT / "tests" / "environment.txt"
@@ -254,7 +254,7 @@ def run_child(command: list[str], made: Environment, **variables: str) -> int:
 
 def command_demo(arguments: argparse.Namespace) -> int:
     made = environment("demo")
-    return run_child([made.python, "-m", "medsteer_core.demo", *arguments.rest], made)
+    return run_child([made.python, "-m", "medsteer_core.run.demo", *arguments.rest], made)
 
 
 def command_test(arguments: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from medsteer_core.server import comfyui_from_environment
+from medsteer_core.run.server import comfyui_from_environment
 
 
 def main(folders: Sequence[Path]) -> None:

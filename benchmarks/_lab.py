@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medsteer_core.server import comfyui_from_environment
+from medsteer_core.run.server import comfyui_from_environment
 
 SIDE = 128
 STEPS, SAMPLER, SCHEDULER, CFG = 20, "euler", "normal", 4.0

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from medsteer_core.client import ComfyClient
-from medsteer_core.listener import Listener
-from medsteer_core.retrying_http import RetryingHttp
-from medsteer_core.workflow import RunState, Workflow, WorkflowError
+from medsteer_core.run.client import ComfyClient
+from medsteer_core.run.listener import Listener
+from medsteer_core.run.retrying_http import RetryingHttp
+from medsteer_core.run.workflow import RunState, Workflow, WorkflowError
 
 FINISHED, STOPPED, REMOVED, FAILED, LOST = (
     "finished", "cancelled while it ran", "cancelled while it waited", "failed", "lost",

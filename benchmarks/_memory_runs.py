@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks._probe import Probed
 from benchmarks._shared import node
 from medsteer_core.errors import MedSteerError
-from medsteer_core.workflow import Progress, Workflow, WorkflowFailed, WorkflowInterrupted
+from medsteer_core.run.workflow import Progress, Workflow, WorkflowFailed, WorkflowInterrupted
 
 KINDS = ("steered", "unsteered", "extract", "cancel", "error")
 VARIANTS = 2  # extraction from same states or pairs; cancelled and failing in the sampler or in an extraction

@@ -15,9 +15,9 @@ from typing import Any
 
 import psutil
 
-from medsteer_core.client import ComfyClient
-from medsteer_core.demo import ROOT
-from medsteer_core.server import PACK_NAME, ComfyServer, comfyui_from_environment
+from medsteer_core.run.client import ComfyClient
+from medsteer_core.run.demo import ROOT
+from medsteer_core.run.server import PACK_NAME, ComfyServer, comfyui_from_environment
 
 PROBE = "medsteer_probe"
 _PACK = Path(__file__).with_name("_probe_pack.py")

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medsteer_core.demo import ROOT
 from medsteer_core.errors import MedSteerError, needs
 from medsteer_core.files.whole_file import write_whole
 from medsteer_core.pictures.difference import png
+from medsteer_core.run.demo import ROOT
+from medsteer_core.run.server import ServerError
+from medsteer_core.run.workflow import WorkflowError
 from medsteer_core.scores.scorer import embedded_judges
-from medsteer_core.server import ServerError
-from medsteer_core.workflow import WorkflowError
 
 TIME_LIMIT = 3600.0
 

@@ -24,10 +24,10 @@ from benchmarks import _lab, _presets
 from benchmarks._lab import Lab
 from benchmarks._methods import Chunk, Method, with_random_direction, within_class
 from benchmarks._presets import Pair
-from medsteer_core.demo import ROOT
 from medsteer_core.endophantom.bundle import Bundle
 from medsteer_core.files.whole_file import write_whole
 from medsteer_core.pictures.difference import png
+from medsteer_core.run.demo import ROOT
 from medsteer_core.scores.scorer import PairScore, score_pairs
 from medsteer_core.vectors import file as vector_file
 from medsteer_core.vectors.pathology_vector import PathologyVector, canonical_json

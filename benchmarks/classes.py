@@ -26,14 +26,14 @@ from benchmarks._shared import (
     tensor,
     with_interval,
 )
-from medsteer_core.client import ComfyClient
-from medsteer_core.demo import ROOT, ProgressLine, versions
 from medsteer_core.endophantom.bundle import Bundle
 from medsteer_core.endophantom.phantom import CLASSES
 from medsteer_core.pictures.difference import MOST_PAIRS, contact_sheet
+from medsteer_core.run.client import ComfyClient
+from medsteer_core.run.demo import ROOT, ProgressLine, versions
+from medsteer_core.run.server import ComfyServer, comfyui_from_environment
+from medsteer_core.run.workflow import Workflow
 from medsteer_core.scores.scorer import embedded_judges, wilson
-from medsteer_core.server import ComfyServer, comfyui_from_environment
-from medsteer_core.workflow import Workflow
 
 SAMPLING = {"steps": 20, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
 

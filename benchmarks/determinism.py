@@ -25,11 +25,11 @@ import torch
 from benchmarks._probe import Probed
 from benchmarks._record import machine
 from benchmarks._shared import TIME_LIMIT, aligned, common_options, finish
-from medsteer_core.client import Result
-from medsteer_core.demo import ROOT, WORKFLOW, read_workflow, versions
 from medsteer_core.errors import MedSteerError
-from medsteer_core.server import ComfyServer, comfyui_from_environment
-from medsteer_core.workflow import Workflow, node_title
+from medsteer_core.run.client import Result
+from medsteer_core.run.demo import ROOT, WORKFLOW, read_workflow, versions
+from medsteer_core.run.server import ComfyServer, comfyui_from_environment
+from medsteer_core.run.workflow import Workflow, node_title
 
 MAIN = WORKFLOW.stem
 TEMPLATES = (MAIN, "strength_sweep", "extract_inspect_save", "add_a_finding", "remove_dye_keep_polyp")

@@ -34,10 +34,10 @@ from benchmarks._methods import steered
 from benchmarks._presets import EXTRACTION_SEED, OURS, PAIRS
 from benchmarks._record import machine
 from benchmarks._shared import aligned, check_scoring, common_options, finish, with_interval
-from medsteer_core.demo import versions
 from medsteer_core.endophantom.bundle import Bundle
 from medsteer_core.errors import needs
 from medsteer_core.files.whole_file import write_whole
+from medsteer_core.run.demo import versions
 
 POOLED = "both"
 KEY = f"{COUNTERFACTUAL} - {REPROMPTED}"

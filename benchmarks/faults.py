@@ -23,9 +23,9 @@ from typing import Any
 
 from benchmarks._shared import aligned, common_options, finish, node
 from medsteer_core.dataset.pair_dataset import PairDataset
-from medsteer_core.demo import ROOT
 from medsteer_core.errors import MedSteerError
-from medsteer_core.server import signals_as_interrupt
+from medsteer_core.run.demo import ROOT
+from medsteer_core.run.server import signals_as_interrupt
 
 COMFYUI, WORKER, DRIVER = "ComfyUI", "worker", "driver"
 TARGETS = (COMFYUI, WORKER, DRIVER)

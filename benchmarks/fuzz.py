@@ -29,8 +29,8 @@ from benchmarks._fuzz_targets import TARGETS
 from benchmarks._fuzz_worker import MEMORY_LIMIT, SECONDS_LIMIT
 from benchmarks._record import machine
 from benchmarks._shared import aligned, common_options, finish
-from medsteer_core.demo import ROOT
 from medsteer_core.errors import MedSteerError
+from medsteer_core.run.demo import ROOT
 
 EXECUTIONS, SEED, TIME_LIMIT = 1_000_000, 1000, 3600
 

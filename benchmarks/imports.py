@@ -23,8 +23,8 @@ import torch
 
 from benchmarks._record import machine
 from benchmarks._shared import aligned, common_options, finish
-from medsteer_core.demo import ROOT
 from medsteer_core.errors import MedSteerError
+from medsteer_core.run.demo import ROOT
 
 MOST_SECONDS = 0.15
 # Imported when they are used. ComfyUI itself brings some of them; a pack that does would be slow without ComfyUI's.

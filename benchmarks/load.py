@@ -34,12 +34,12 @@ from benchmarks._load_clients import (
 )
 from benchmarks._record import machine
 from benchmarks._shared import aligned, common_options, finish
-from medsteer_core.client import ComfyClient
-from medsteer_core.demo import ROOT, WORKFLOW, versions
-from medsteer_core.overrides import applied, changes_for, read_workflow, with_seed
-from medsteer_core.result import Result
-from medsteer_core.server import ComfyServer, comfyui_from_environment
-from medsteer_core.workflow import Workflow, WorkflowError, node_title
+from medsteer_core.run.client import ComfyClient
+from medsteer_core.run.demo import ROOT, WORKFLOW, versions
+from medsteer_core.run.overrides import applied, changes_for, read_workflow, with_seed
+from medsteer_core.run.result import Result
+from medsteer_core.run.server import ComfyServer, comfyui_from_environment
+from medsteer_core.run.workflow import Workflow, WorkflowError, node_title
 
 IMAGES = ("Factual", "Counterfactual")
 IDLE_SECONDS = 3.0

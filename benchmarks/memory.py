@@ -23,7 +23,7 @@ from benchmarks._probe import Probed, probed_server
 from benchmarks._record import machine
 from benchmarks._shared import aligned, common_options, finish
 from benchmarks._slope import BLOCK, slope_of
-from medsteer_core.demo import versions
+from medsteer_core.run.demo import versions
 
 MOST_BYTES_A_RUN = 50_000
 MOST_OBJECTS_A_RUN = 0.05  # less than one more in 20 runs

@@ -32,8 +32,8 @@ from benchmarks._record import machine
 from benchmarks._shared import check_scoring, common_options, finish
 from benchmarks._store import Store
 from benchmarks.quality import Progress, Seeds, cost_left, results
-from medsteer_core.demo import versions
 from medsteer_core.endophantom.bundle import Bundle
+from medsteer_core.run.demo import versions
 
 SPLIT = "development"
 Jobs = dict[Pair, dict[tuple[str, str], Method]]

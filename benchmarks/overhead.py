@@ -23,8 +23,8 @@ from benchmarks._bootstrap import interval
 from benchmarks._lab import comfyui_version, start_comfyui
 from benchmarks._record import machine
 from benchmarks._shared import aligned, common_options, finish
-from medsteer_core.demo import versions
 from medsteer_core.errors import MedSteerError
+from medsteer_core.run.demo import versions
 
 STEPS = 20
 RESAMPLES = 4000

@@ -31,14 +31,14 @@ from benchmarks._shared import (
     values,
     with_interval,
 )
-from medsteer_core.client import ComfyClient, Result
-from medsteer_core.demo import ROOT, WORKFLOW, ProgressLine, read_workflow, versions
 from medsteer_core.endophantom.bundle import Bundle
 from medsteer_core.errors import MedSteerError
 from medsteer_core.pictures.difference import MOST_PAIRS, contact_sheet
+from medsteer_core.run.client import ComfyClient, Result
+from medsteer_core.run.demo import ROOT, WORKFLOW, ProgressLine, read_workflow, versions
+from medsteer_core.run.server import ComfyServer, comfyui_from_environment
+from medsteer_core.run.workflow import Workflow
 from medsteer_core.scores.scorer import PairScore, class_of, score_pairs, summarise
-from medsteer_core.server import ComfyServer, comfyui_from_environment
-from medsteer_core.workflow import Workflow
 
 FACTUAL = "factual"
 STEERING, REPROMPTING, CONTROL = METHODS = ("steering", "same-seed re-prompting", "strength 0")

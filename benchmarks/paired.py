@@ -21,7 +21,7 @@ import torch
 from benchmarks._lab import CFG, STEPS, Lab, comfyui_version, start_comfyui
 from benchmarks._record import machine
 from benchmarks._shared import aligned, common_options, finish
-from medsteer_core.demo import versions
+from medsteer_core.run.demo import versions
 
 STARTS = (0, 5, 10, 15)  # the first of the 20 steps that is steered
 SAMPLES = 4

@@ -27,10 +27,10 @@ from benchmarks._record import machine, seeds_record, table
 from benchmarks._shared import check_scoring, common_options, finish
 from benchmarks._sheet import sheet
 from benchmarks._store import Result, Store
-from medsteer_core.demo import versions
 from medsteer_core.endophantom.bundle import Bundle
 from medsteer_core.files.whole_file import write_whole
 from medsteer_core.pictures.difference import png
+from medsteer_core.run.demo import versions
 from medsteer_core.scores import scorer as evaluate
 
 SHEET_ROWS = 3

@@ -34,9 +34,9 @@ from benchmarks._samples_plot import RECOMMENDED, plot
 from benchmarks._shared import aligned, check_scoring, common_options, finish, with_interval
 from benchmarks._stability import MEANING, NOISES, PAIRED, PRESET_OF, REPEATS, SAME_STATE, recommended, said
 from benchmarks._store import SCORING, STEERING, Store, code_digest, digest, score_of
-from medsteer_core.demo import versions
 from medsteer_core.endophantom.bundle import Bundle
 from medsteer_core.files.whole_file import write_whole
+from medsteer_core.run.demo import versions
 from medsteer_core.scores.scorer import PairScore, score_pairs
 from medsteer_core.vectors import file as vector_file
 from medsteer_core.vectors.pathology_vector import PathologyVector

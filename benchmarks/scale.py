@@ -19,14 +19,14 @@ from typing import Any
 from benchmarks._shared import aligned, common_options, finish
 from benchmarks.faults import workflow
 from medsteer_core.dataset.pair_dataset import PairDataset
-from medsteer_core.demo import ROOT
 from medsteer_core.errors import MedSteerError
+from medsteer_core.run.demo import ROOT
+from medsteer_core.run.server import signals_as_interrupt
 from medsteer_core.scale.driver import Driver
 from medsteer_core.scale.plan import Plan
 from medsteer_core.scale.pool import RayPool
 from medsteer_core.scale.tasks import Tasks
 from medsteer_core.scale.worker import DONE, Outcome
-from medsteer_core.server import signals_as_interrupt
 
 STUBS, NAPS, NAP = 8, 480, 0.25
 SIDE, STEPS, CHUNK = 128, 20, 4

@@ -34,10 +34,10 @@ from benchmarks._schedules_table import rate, table
 from benchmarks._shared import check_scoring, common_options, finish
 from benchmarks._store import SCORING, STEERING, Result, Store, code_digest, digest
 from benchmarks.quality import chunks
-from medsteer_core.demo import versions
 from medsteer_core.endophantom.bundle import Bundle
 from medsteer_core.errors import MedSteerError
 from medsteer_core.files.whole_file import write_whole
+from medsteer_core.run.demo import versions
 from medsteer_core.scores.scorer import score_pairs
 from medsteer_core.vectors import file as vector_file
 from medsteer_core.vectors.pathology_vector import PathologyVector

@@ -11,8 +11,8 @@ from typing import Any
 
 from ..dataset.pair_dataset import PairDataset
 from ..errors import MedSteerError
-from ..server import ServerError, checked_comfyui, comfyui_from_environment, signals_as_interrupt
-from ..workflow import WorkflowError
+from ..run.server import ServerError, checked_comfyui, comfyui_from_environment, signals_as_interrupt
+from ..run.workflow import WorkflowError
 from .driver import Driver, Progress
 from .estimate import cost, progress_line, summary
 from .plan import read_plan

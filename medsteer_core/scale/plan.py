@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..overrides import read_workflow
-from ..workflow import Workflow, WorkflowError
+from ..run.overrides import read_workflow
+from ..run.workflow import Workflow, WorkflowError
 from .yaml_file import Source, Where, read_yaml, shown
 
 KEYS = ("workflow", "output", "pairs", "prompts", "seeds", "strengths", "set", "chunk", "splits", "limits")

@@ -16,8 +16,8 @@ from typing import Any
 
 from ..dataset.records import short_hash
 from ..errors import MedSteerError
-from ..overrides import OverrideError, only_input, place
-from ..workflow import Workflow, node_title
+from ..run.overrides import OverrideError, only_input, place
+from ..run.workflow import Workflow, node_title
 from .plan import Choice, Plan
 
 SAVE, SAMPLER = "MedSteer_SaveCounterfactualPairs", "MedSteer_CounterfactualSampler"

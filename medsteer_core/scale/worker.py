@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..client import ComfyClient
 from ..dataset.pair_dataset import PairDataset
 from ..errors import MedSteerError
-from ..server import ComfyServer, ServerError, comfyui_from_environment
-from ..workflow import WorkflowError, WorkflowFailed, WorkflowInterrupted, WorkflowRefused
+from ..run.client import ComfyClient
+from ..run.server import ComfyServer, ServerError, comfyui_from_environment
+from ..run.workflow import WorkflowError, WorkflowFailed, WorkflowInterrupted, WorkflowRefused
 from .tasks import FOLDER, SAVE, Task
 
 ROOT = Path(__file__).resolve().parent.parent.parent

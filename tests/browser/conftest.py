@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from medsteer_core.server import ComfyServer, comfyui_from_environment, signals_as_interrupt
+from medsteer_core.run.server import ComfyServer, comfyui_from_environment, signals_as_interrupt
 
 # For `import frontend`; at the end, so that it hides nothing.
 sys.path.append(str(Path(__file__).parent))

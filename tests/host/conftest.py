@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from benchmarks._probe import Probed, probed_server
-from medsteer_core.client import ComfyClient
-from medsteer_core.server import ComfyServer, comfyui_from_environment, signals_as_interrupt
+from medsteer_core.run.client import ComfyClient
+from medsteer_core.run.server import ComfyServer, comfyui_from_environment, signals_as_interrupt
 
 
 @pytest.fixture(scope="session", autouse=True)

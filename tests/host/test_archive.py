@@ -5,8 +5,8 @@ import subprocess
 
 import pytest
 
-from medsteer_core.client import ComfyClient
-from medsteer_core.server import ComfyServer, comfyui_from_environment
+from medsteer_core.run.client import ComfyClient
+from medsteer_core.run.server import ComfyServer, comfyui_from_environment
 
 MOST_BYTES = 22 * 10**6  # 17.5 MB of it are EndoPhantom's weights
 NEVER = ("tests/", "benchmarks/", ".ci/", ".github/", "output/", "dev.py")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from medsteer_core.demo import ROOT
+from medsteer_core.run.demo import ROOT
 
 FIXTURES = Path(__file__).parent / "blueprints"
 NAMES = ("Counterfactual pair", "Extract and steer")

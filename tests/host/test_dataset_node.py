@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from medsteer_core.dataset.records import SYNTHETIC, files_of, to_bytes
-from medsteer_core.demo import WORKFLOW
-from medsteer_core.workflow import WorkflowFailed, WorkflowRefused
+from medsteer_core.run.demo import WORKFLOW
+from medsteer_core.run.workflow import WorkflowFailed, WorkflowRefused
 
 EXAMPLE = json.loads(WORKFLOW.read_text())
 SAVE = "MedSteer_SaveCounterfactualPairs"

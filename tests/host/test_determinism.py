@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks._probe import Probed
 from benchmarks.determinism import cached_nodes, compared, fresh_run, left_by
-from medsteer_core.demo import WORKFLOW, read_workflow
+from medsteer_core.run.demo import WORKFLOW, read_workflow
 
 PAIR, VECTOR = "counterfactual_pair", "extract_inspect_save"
 

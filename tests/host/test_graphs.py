@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from medsteer_core.demo import WORKFLOW
+from medsteer_core.run.demo import WORKFLOW
+from medsteer_core.run.workflow import WorkflowFailed, WorkflowInterrupted, WorkflowRefused
 from medsteer_core.scores.scorer import score_pair
-from medsteer_core.workflow import WorkflowFailed, WorkflowInterrupted, WorkflowRefused
 
 EXAMPLE = json.loads(WORKFLOW.read_text())
 WORKFLOWS = WORKFLOW.parent.parent

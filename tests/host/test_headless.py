@@ -10,10 +10,10 @@ import time
 import pytest
 from PIL import Image
 
-from medsteer_core import run
-from medsteer_core.client import ComfyClient
-from medsteer_core.demo import WORKFLOW
-from medsteer_core.server import ComfyServer, comfyui_from_environment
+from medsteer_core.run import command as run
+from medsteer_core.run.client import ComfyClient
+from medsteer_core.run.demo import WORKFLOW
+from medsteer_core.run.server import ComfyServer, comfyui_from_environment
 
 FEW = [
     *("--set", "Extract Pathology Vector.samples=1"),

@@ -5,9 +5,9 @@ import time
 
 from benchmarks import load
 from benchmarks._load_clients import FINISHED, REMOVED, STOPPED, with_cancels
-from medsteer_core.client import ComfyClient
-from medsteer_core.demo import WORKFLOW
-from medsteer_core.overrides import read_workflow, with_seed
+from medsteer_core.run.client import ComfyClient
+from medsteer_core.run.demo import WORKFLOW
+from medsteer_core.run.overrides import read_workflow, with_seed
 
 
 def test_every_prompt_ends_with_its_own_result_while_the_server_answers(comfy):

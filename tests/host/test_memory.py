@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks._memory_runs import KINDS, PERIOD, CycleOfRuns, common, extraction, plain
 from benchmarks.memory import run_cycles
-from medsteer_core.workflow import WorkflowFailed, WorkflowInterrupted
+from medsteer_core.run.workflow import WorkflowFailed, WorkflowInterrupted
 
 LIVING = ("patchers", "medsteer", "modules", "tensors")
 

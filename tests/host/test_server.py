@@ -7,9 +7,9 @@ import time
 import pytest
 from PIL import Image
 
-from medsteer_core.client import ComfyClient
-from medsteer_core.server import ComfyServer, comfyui_from_environment
-from medsteer_core.workflow import WorkflowFailed, WorkflowInterrupted, WorkflowRefused
+from medsteer_core.run.client import ComfyClient
+from medsteer_core.run.server import ComfyServer, comfyui_from_environment
+from medsteer_core.run.workflow import WorkflowFailed, WorkflowInterrupted, WorkflowRefused
 
 GREY, RED = 0x808080, 0xFF0000
 

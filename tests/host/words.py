@@ -107,8 +107,8 @@ def _write(path: Path, value: Any, indent: int = 2) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    from medsteer_core.client import ComfyClient
-    from medsteer_core.server import ComfyServer, comfyui_from_environment
+    from medsteer_core.run.client import ComfyClient
+    from medsteer_core.run.server import ComfyServer, comfyui_from_environment
 
     with ComfyServer(comfyui_from_environment(), CHECKOUT, cpu=True) as server:
         _write(LOCALES / "en" / "nodeDefs.json", node_words(ComfyClient(server.address).object_info()))

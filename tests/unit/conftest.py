@@ -141,7 +141,7 @@ class Fake:
 @pytest.fixture
 def quick(monkeypatch):
     """Pauses of a client as short as tests want them."""
-    from medsteer_core import client, listener, retrying_http
+    from medsteer_core.run import client, listener, retrying_http
 
     monkeypatch.setattr(retrying_http, "FIRST_PAUSE", 0.01)
     monkeypatch.setattr(listener, "RECONNECT_FIRST", 0.01)

@@ -6,8 +6,8 @@ import pytest
 
 from benchmarks import _load_clients, load
 from benchmarks._load_clients import FINISHED, LOST, REMOVED, STOPPED, Job
-from medsteer_core.demo import WORKFLOW
-from medsteer_core.overrides import read_workflow
+from medsteer_core.run.demo import WORKFLOW
+from medsteer_core.run.overrides import read_workflow
 
 
 def test_the_small_example_is_a_whole_workflow_with_few_steps():

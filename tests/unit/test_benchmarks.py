@@ -5,8 +5,8 @@ import json
 import pytest
 
 from benchmarks import _shared, classes, pair
-from medsteer_core.demo import WORKFLOW
 from medsteer_core.errors import MedSteerError
+from medsteer_core.run.demo import WORKFLOW
 
 EXAMPLE = json.loads(WORKFLOW.read_text())
 

@@ -7,9 +7,9 @@ import uuid
 
 import pytest
 
-from medsteer_core.client import ComfyClient
 from medsteer_core.errors import MedSteerError
-from medsteer_core.workflow import (
+from medsteer_core.run.client import ComfyClient
+from medsteer_core.run.workflow import (
     PromptLost,
     ServerRefused,
     ServerUnreachable,

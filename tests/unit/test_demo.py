@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from medsteer_core import demo
-from medsteer_core.workflow import Progress, WorkflowError
+from medsteer_core.run import demo
+from medsteer_core.run.workflow import Progress, WorkflowError
 
 SAMPLER = {"seed": 11, "steps": 20, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal", "model": ["1", 0]}
 STEER = {

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from medsteer_core.server import ServerError
+from medsteer_core.run.server import ServerError
 
 PINS = b"torch==2.11.0\n"
 
@@ -248,7 +248,7 @@ def test_words_that_dev_does_not_know_are_passed_on(dev, monkeypatch):
     monkeypatch.setattr(dev, "environment", lambda command: dev.Environment("python", dev.ROOT))
     monkeypatch.setattr(dev, "run_child", lambda command, made: passed.append(command) or 0)
     assert dev.main(["demo", "--seed", "3", "--", "--output", "x"]) == 0
-    assert passed == [["python", "-m", "medsteer_core.demo", "--seed", "3", "--output", "x"]]
+    assert passed == [["python", "-m", "medsteer_core.run.demo", "--seed", "3", "--output", "x"]]
 
 
 def test_a_missing_or_unknown_benchmark_is_answered_with_those_there_are(dev, monkeypatch, capsys):

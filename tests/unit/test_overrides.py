@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from medsteer_core.overrides import OverrideError, applied, changes_for, read_workflow, refuse_fractions
-from medsteer_core.workflow import WorkflowError
+from medsteer_core.run.overrides import OverrideError, applied, changes_for, read_workflow, refuse_fractions
+from medsteer_core.run.workflow import WorkflowError
 
 
 def node(kind, title, **inputs):

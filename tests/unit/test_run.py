@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from medsteer_core import run
-from medsteer_core.run import DONE, FAILED, INTERRUPTED, REFUSED, UNREACHABLE
+from medsteer_core.run import command as run
+from medsteer_core.run.command import DONE, FAILED, INTERRUPTED, REFUSED, UNREACHABLE
 
 WORKFLOW = {
     "7": {"class_type": "SaveImage", "inputs": {"images": ["8", 0], "name": "t"}, "_meta": {"title": "Saved"}},
@@ -170,7 +170,7 @@ def test_another_file_of_that_name_is_kept_unless_told_otherwise(command, fake, 
 def test_help_tells_the_exit_statuses_and_needs_no_torch(capsys):
     import subprocess
 
-    code = "import sys, medsteer_core.run; print({'torch', 'numpy', 'PIL', 'aiohttp'} & set(sys.modules))"
+    code = "import sys, medsteer_core.run.command; print({'torch', 'numpy', 'PIL', 'aiohttp'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
     with pytest.raises(SystemExit):
         run.main(["--help"])

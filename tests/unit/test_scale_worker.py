@@ -9,12 +9,12 @@ from PIL import Image
 
 from medsteer_core.dataset.pair_dataset import PairDataset
 from medsteer_core.dataset.records import finish
+from medsteer_core.run.server import ServerError
+from medsteer_core.run.workflow import ServerUnreachable, WorkflowError, WorkflowFailed
 from medsteer_core.scale import worker as worker_module
 from medsteer_core.scale.plan import Plan
 from medsteer_core.scale.tasks import Tasks
 from medsteer_core.scale.worker import CRASH, DONE, FAULT, OUTPUT, START, Settings, Worker
-from medsteer_core.server import ServerError
-from medsteer_core.workflow import ServerUnreachable, WorkflowError, WorkflowFailed
 
 WORKFLOW = {
     "8": {"class_type": "MedSteer_CounterfactualSampler", "inputs": {"seed": 1, "strengths": "1"}},

@@ -11,8 +11,8 @@ import urllib.request
 import psutil
 import pytest
 
-from medsteer_core import server as server_module
-from medsteer_core.server import ComfyServer, ServerError, free_port, link_checkout, remove_base
+from medsteer_core.run import server as server_module
+from medsteer_core.run.server import ComfyServer, ServerError, free_port, link_checkout, remove_base
 
 
 def told(server: ComfyServer) -> dict:
@@ -91,7 +91,7 @@ def test_a_signal_to_the_program_stops_its_server(stand_in, pack, checkout, numb
     program = (
         "import signal, sys, time, json, urllib.request\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # as on a terminal, also where it is ignored
-        "from medsteer_core.server import ComfyServer\n"
+        "from medsteer_core.run.server import ComfyServer\n"
         "with ComfyServer(sys.argv[1], sys.argv[2], cpu=True) as server:\n"
         "    told = json.load(urllib.request.urlopen(server.address + '/object_info'))\n"
         "    print(told['pid'], server.base, flush=True)\n"
@@ -155,7 +155,7 @@ def test_a_killed_program_takes_its_server_and_its_folder_along(stand_in, pack, 
     program = (
         "import signal, sys, time, json, urllib.request\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # as on a terminal, also where it is ignored
-        "from medsteer_core.server import ComfyServer\n"
+        "from medsteer_core.run.server import ComfyServer\n"
         "with ComfyServer(sys.argv[1], sys.argv[2], cpu=True) as server:\n"
         "    told = json.load(urllib.request.urlopen(server.address + '/object_info'))\n"
         "    print(told['pid'], server.base, flush=True)\n"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from medsteer_core.workflow import (
+from medsteer_core.run.workflow import (
     RunState,
     WorkflowError,
     WorkflowFailed,

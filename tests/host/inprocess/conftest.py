@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from medsteer_core.server import comfyui_from_environment
+from medsteer_core.run.server import comfyui_from_environment
 
 PACK = Path(__file__).resolve().parents[3]
 

@@ -10,7 +10,7 @@ from execution import full_type_name
 from medsteer_pack.medsteer_core import errors
 
 import nodes
-from medsteer_core.server import comfyui_from_environment
+from medsteer_core.run.server import comfyui_from_environment
 
 COMFYUI = comfyui_from_environment()
 

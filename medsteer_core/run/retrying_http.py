@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from .errors import MedSteerError
+from ..errors import MedSteerError
 from .workflow import ServerRefused, ServerUnreachable
 
 T = TypeVar("T")

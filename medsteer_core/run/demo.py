@@ -1,7 +1,7 @@
 """The demo: one counterfactual pair from the example workflow, run in a real ComfyUI, judged and reported.
 
-`python dev.py demo` runs it as `python -m medsteer_core.demo` with COMFYUI_PATH set. The workflow has three SaveImage
-nodes titled Factual, Counterfactual and Difference; everything else about it is free.
+`python dev.py demo` runs it as `python -m medsteer_core.run.demo` with COMFYUI_PATH set. The workflow has three
+SaveImage nodes titled Factual, Counterfactual and Difference; everything else about it is free.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..errors import MedSteerError
+from ..files.whole_file import write_whole
 from .client import ComfyClient, Result
-from .errors import MedSteerError
-from .files.whole_file import write_whole
 from .overrides import read_workflow, with_seed
 from .progress_line import ProgressLine
 from .server import ComfyServer, ServerError, comfyui_from_environment
 from .workflow import Workflow, WorkflowError, node_title
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 WORKFLOW = ROOT / "example_workflows" / "api" / "counterfactual_pair.json"
 IMAGES = {"factual": "Factual", "counterfactual": "Counterfactual", "difference": "Difference"}
 
@@ -122,7 +122,7 @@ def pixels(data: bytes) -> Any:
 
 def judge(factual: Any, counterfactual: Any, workflow: Workflow) -> dict[str, Any]:
     """The pair's scores by the one scorer, between the classes that the extraction's two prompts name."""
-    from .scores.scorer import class_of, score_pair
+    from ..scores.scorer import class_of, score_pair
 
     source, target = (class_of(extraction_prompt(workflow, role)) for role in ("present", "absent"))
     return score_pair(factual, counterfactual, source, target).to_dict()
@@ -130,7 +130,7 @@ def judge(factual: Any, counterfactual: Any, workflow: Workflow) -> dict[str, An
 
 def strip(factual: Any, counterfactual: Any) -> bytes:
     """Factual, counterfactual and difference in one captioned PNG."""
-    from .pictures.difference import pair_strip, png
+    from ..pictures.difference import pair_strip, png
 
     return png(pair_strip(factual, counterfactual))
 

@@ -15,22 +15,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..errors import MedSteerError
 from .client import ComfyClient
 from .downloads import download
-from .errors import MedSteerError
 from .overrides import Change, OverrideError, applied, changes_for, read_workflow, refuse_fractions
 from .progress_line import ProgressLine
 from .result import Result
 from .retrying_http import checked_address
 from .server import signals_as_interrupt
-from .workflow import (
-    ServerRefused,
-    ServerUnreachable,
-    Workflow,
-    WorkflowError,
-    WorkflowInterrupted,
-    WorkflowRefused,
-)
+from .workflow import ServerRefused, ServerUnreachable, Workflow, WorkflowError, WorkflowInterrupted, WorkflowRefused
 
 DONE, FAILED, REFUSED, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 130
 STATUSES = """\
@@ -197,7 +190,3 @@ def summary_of(result: Result, files: list[Path]) -> dict[str, Any]:
         "files": [str(path) for path in files],
         "outputs": result.outputs,
     }
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .files.inside import shown
+from ..files.inside import shown
 from .workflow import Workflow, WorkflowError, node_title
 
 SEEDS = ("seed", "noise_seed")

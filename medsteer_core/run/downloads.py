@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from .errors import MedSteerError
-from .files.inside import name_parts, path_inside, shown
-from .files.whole_file import write_whole
+from ..errors import MedSteerError
+from ..files.inside import name_parts, path_inside, shown
+from ..files.whole_file import write_whole
 from .result import Result
 from .workflow import node_title
 

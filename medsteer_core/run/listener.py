@@ -11,7 +11,7 @@ import urllib.parse
 from collections.abc import Mapping
 from typing import Any
 
-from .errors import MedSteerError
+from ..errors import MedSteerError
 
 RECONNECT_FIRST, RECONNECT_LONGEST = 0.25, 4.0
 FIRST_CONNECTION = 10.0
