@@ -125,7 +125,7 @@ def locked(lab: Lab, model: Any, preset: Preset, positive: list, noise: Tensor) 
 
 def steered(lab: Lab, vector: PathologyVector, preset: Preset, strength: float) -> Any:
     """The lab's model as the Steer node would give it for a preset."""
-    from medsteer_core.host import steer
+    from medsteer_core.host.patching import steer
 
     sites = preset.sites_of(len(lab.model.model.diffusion_model.blocks))
     parameters = {**preset.parameters, "strength": strength}
@@ -202,7 +202,7 @@ class TokenMeans:
 
 def within_class(lab: Lab, pair: Pair) -> dict[str, Tensor]:
     """How images of one class differ from their class's average, for both classes: site -> ``(steps, images, C)``."""
-    from medsteer_core.host import patch
+    from medsteer_core.host.patching import patch
 
     groups = []
     for number, name in enumerate((pair.source, pair.target)):
@@ -241,7 +241,8 @@ def _beside(site: SiteDirections, weights: Tensor, deviations: Tensor) -> SiteDi
 
 def _random_direction(lab: Lab, vectors: Vectors, pair: Pair, preset: Preset) -> Method:
     def run(chunk: Chunk, strength: float) -> Tensor:
-        from medsteer_core.host import patch, sampling
+        from medsteer_core.host import sampling
+        from medsteer_core.host.patching import patch
         from medsteer_core.steering.plan import Steering
 
         result = torch.empty_like(chunk.latents)

@@ -144,7 +144,8 @@ class Vectors:
 
     def _watched(self, name: str, images: range) -> SampleRecord:
         """Samples of a class's prompt, as Extract Pathology Vector takes them: one seed, image by image."""
-        from medsteer_core.host import patch, sampling
+        from medsteer_core.host import sampling
+        from medsteer_core.host.patching import patch
 
         lab, recorder = self.lab, SampleRecorder()
         watched, like = patch.observed(lab.model, recorder), sampling.empty_latent(lab.model, lab.latent)
@@ -256,7 +257,7 @@ def method(vectors: Vectors, runs: LateRuns, pair: Pair, arm: Arm, lock: bool = 
 
 def steered_by(vectors: Vectors, pair: Pair, arm: Arm, preset: Preset, strength: float) -> Any:
     """The lab's model steered as the Steer node would."""
-    from medsteer_core.host import steer
+    from medsteer_core.host.patching import steer
 
     model, target = vectors.lab.model, None
     vector = vectors.of(arm.estimator, pair.source, pair.target)

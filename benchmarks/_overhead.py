@@ -83,7 +83,7 @@ def _on_cpu() -> bool:
 
 def activations(stack: Stack) -> tuple[int, tuple[int, ...], torch.dtype]:
     """How many sites the stack has, and the shape and dtype of what one gives in a model call."""
-    from medsteer_core.host.sites import find_sites
+    from medsteer_core.host.patching.sites import find_sites
 
     first, *others = find_sites(stack.model.model.diffusion_model).values()
     seen: list[Tensor] = []
@@ -97,7 +97,7 @@ def activations(stack: Stack) -> tuple[int, tuple[int, ...], torch.dtype]:
 
 def random_vector(stack: Stack, seed: int, rank: int) -> PathologyVector:
     """Orthonormal directions at every site and step; with rank 8 they read along themselves."""
-    from medsteer_core.host.sites import find_sites, output_width
+    from medsteer_core.host.patching.sites import find_sites, output_width
 
     generator = torch.Generator().manual_seed(seed)
     sigmas = stack.schedule.sigmas[stack.schedule.sigmas > 0]
@@ -116,7 +116,7 @@ def random_vector(stack: Stack, seed: int, rank: int) -> PathologyVector:
 
 def steered(stack: Stack, operator: Operator, vectors: int = 1) -> Any:
     """The stack's model under so many vectors, each at every site, step and row."""
-    from medsteer_core.host import patch
+    from medsteer_core.host.patching import patch
 
     model, rank = stack.model, RANK if operator.needs_readers else 1
     for seed in range(vectors):
@@ -177,7 +177,7 @@ def timed_run(stack: Stack, model: Any, around: AbstractContextManager) -> tuple
 
 def ways(stack: Stack) -> dict[str, Callable[[], tuple[float, float]]]:
     """Every way to run the stack, by name: each gives the milliseconds of one run's calls."""
-    from medsteer_core.host import patch
+    from medsteer_core.host.patching import patch
 
     watch = SampleWatch(ActivationSums(), MOST_SAMPLES, most_bytes=10**9)
     pairs = PairedActivations()
@@ -211,7 +211,7 @@ class ReferenceWay:
     """
 
     def __init__(self, stack: Stack) -> None:
-        from medsteer_core.host.sites import find_sites
+        from medsteer_core.host.patching.sites import find_sites
 
         vector = random_vector(stack, 0, 1)
         self._sites: Sequence[tuple[str, Any]] = list(find_sites(stack.model.model.diffusion_model).items())

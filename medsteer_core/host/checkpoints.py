@@ -23,8 +23,8 @@ from ..checkpoints.pixart_state import DIFFUSERS
 from ..errors import MedSteerError
 from ..files.inside import shown
 from . import pixart_files
+from .patching.sites import family_name, find_sites
 from .pixart import GRID, Recipe, allow_any_size, build, latent_format
-from .sites import family_name, find_sites
 
 FOLDERS = ("diffusion_models", "checkpoints")
 AUTO = "auto"

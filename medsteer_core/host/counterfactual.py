@@ -27,7 +27,7 @@ from ..steering.token_map import TokenChange, mask_for_latent, threshold_mask
 from .pair_record import lock_of, records_of
 from .paired_conds import fit_to_block
 from .paired_noise import BlockSampler, check_pairable
-from .patch import in_blocks, plan_of, with_blocks
+from .patching.patch import in_blocks, plan_of, with_blocks
 from .sampling import Schedule
 
 OPEN, CONCEPT, USER = "none", "concept map", "user"

@@ -25,11 +25,11 @@ from ..extraction.token_pairs import SIDES, PairedActivations, pairs_that_fit
 from ..vectors.pathology_vector import PathologyVector
 from . import sampling
 from .contexts import TEXT, context_texts, contexts_of
-from .fingerprint import fingerprint
 from .gathering import Batch, Gathering
-from .patch import observed, plan_of
+from .patching.fingerprint import fingerprint
+from .patching.patch import observed, plan_of
+from .patching.sites import find_sites, output_width
 from .sampling import Schedule
-from .sites import find_sites, output_width
 
 PAIRED, UNPAIRED, SAME_STATE = "paired", "unpaired", "same state"
 MEAN_DIFFERENCE = "mean difference"

@@ -18,9 +18,9 @@ from ..steering.plan import Steering, SteeringPlan
 from ..vectors.pathology_vector import PathologyVector
 from ..vectors.recipe import recipe
 from .extraction import prompt_of
-from .fingerprint import fingerprint
 from .paired_noise import takes_noise
-from .patch import KEY
+from .patching.fingerprint import fingerprint
+from .patching.patch import KEY
 from .run_facts import Indescribable, plain
 
 if TYPE_CHECKING:

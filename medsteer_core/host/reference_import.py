@@ -11,7 +11,7 @@ from ..vectors import reference_files
 from ..vectors.pathology_vector import PathologyVector
 from ..vectors.reference_vectors import to_vector
 from . import sampling, vector_folder
-from .sites import find_sites, output_width
+from .patching.sites import find_sites, output_width
 
 SCHEDULES: list[str] = [PIXART_SCHEDULE, *sampling.SCHEDULERS]
 

@@ -12,7 +12,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.samplers import KSAMPLER
 from torch import Tensor, nn
 
-from .fingerprint import fingerprint
+from .patching.fingerprint import fingerprint
 from .sampling import Schedule
 
 # A model that carries any of these does what no description tells.

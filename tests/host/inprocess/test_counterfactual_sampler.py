@@ -12,8 +12,8 @@ from medsteer_pack.medsteer_core.host import counterfactual, sampling
 from medsteer_pack.medsteer_core.host.counterfactual import CONCEPT, PairRequest, multiples_of, sample_pair
 from medsteer_pack.medsteer_core.host.paired_conds import fit_to_block
 from medsteer_pack.medsteer_core.host.paired_noise import check_pairable
-from medsteer_pack.medsteer_core.host.patch import plan_of
-from medsteer_pack.medsteer_core.host.patch import steered as patch_steered
+from medsteer_pack.medsteer_core.host.patching.patch import plan_of
+from medsteer_pack.medsteer_core.host.patching.patch import steered as patch_steered
 from medsteer_pack.medsteer_core.steering.token_map import (
     TokenChange,
     mask_for_latent,

@@ -9,7 +9,7 @@ from medsteer_pack.medsteer_core.endophantom.bundle import Bundle
 from medsteer_pack.medsteer_core.endophantom.phantom import Anatomy, render
 from medsteer_pack.medsteer_core.endophantom.pixart_twin import PixArtConfig, PixArtTwin
 from medsteer_pack.medsteer_core.host import embedded, extraction, sampling
-from medsteer_pack.medsteer_core.host.sites import find_sites
+from medsteer_pack.medsteer_core.host.patching.sites import find_sites
 
 import nodes
 

@@ -11,8 +11,8 @@ from medsteer_pack.medsteer_core.checkpoints import pixart_state
 from medsteer_pack.medsteer_core.errors import MedSteerError
 from medsteer_pack.medsteer_core.host import checkpoints
 from medsteer_pack.medsteer_core.host.checkpoints import load_dit, model_names
+from medsteer_pack.medsteer_core.host.patching.sites import find_sites
 from medsteer_pack.medsteer_core.host.pixart import AnySizePixArtMS
-from medsteer_pack.medsteer_core.host.sites import find_sites
 from safetensors.torch import save_file
 
 

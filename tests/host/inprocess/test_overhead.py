@@ -15,8 +15,8 @@ import torch
 from medsteer_pack.medsteer_core.extraction import sample_watch
 from medsteer_pack.medsteer_core.extraction.capture import ActivationSums
 from medsteer_pack.medsteer_core.extraction.sample_watch import SampleWatch
-from medsteer_pack.medsteer_core.host import patch
-from medsteer_pack.medsteer_core.host.sites import find_sites, fresh_layers, owns_its_output
+from medsteer_pack.medsteer_core.host.patching import patch
+from medsteer_pack.medsteer_core.host.patching.sites import find_sites, fresh_layers, owns_its_output
 from medsteer_pack.medsteer_core.steering import prepared as prepared_steering
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode

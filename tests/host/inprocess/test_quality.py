@@ -114,7 +114,7 @@ def test_a_wrong_vector_fails_the_thresholds(measure, lab, folder, tmp_path, cha
 def test_a_dropped_hook_is_an_error_and_without_that_check_fails_the_thresholds(
     measure, lab, folder, presets, tmp_path, monkeypatch
 ):
-    from medsteer_core.host import patch
+    from medsteer_core.host.patching import patch
 
     good = Store(lab, folder, comfyui_version())
     good.vector(PAIR, presets.medsteer.noise, SAMPLES)  # made before, since extraction needs the hooks

@@ -5,8 +5,8 @@ import pytest
 import tiny
 from comfy_extras.nodes_custom_sampler import Guider_DualCFG
 from medsteer_pack.medsteer_core.errors import MedSteerError
-from medsteer_pack.medsteer_core.host import patch
-from medsteer_pack.medsteer_core.host.rows import names_of_indices, names_of_uuids, row_finder
+from medsteer_pack.medsteer_core.host.patching import patch
+from medsteer_pack.medsteer_core.host.patching.rows import names_of_indices, names_of_uuids, row_finder
 
 CHOICES = ["all", "positive", "negative"]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.modules.module import _global_forward_hooks
 
-from ..errors import MedSteerError
+from ...errors import MedSteerError
 from .families import FAMILIES, Family
 
 

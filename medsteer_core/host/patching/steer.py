@@ -9,19 +9,19 @@ from typing import Any
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..errors import MedSteerError
-from ..extraction.sample_report import AUROC, recorded
-from ..extraction.separability import AUTO_THRESHOLD
-from ..steering.operators import make_operator
-from ..steering.plan import Steering
-from ..steering.presets import CUSTOM, find_preset, scaled_sites
-from ..steering.selection import has_auto, select_sites
-from ..vectors.pathology_vector import PathologyVector
-from ..vectors.schedule import CONSTANT
-from .extraction import differs
+from ...errors import MedSteerError
+from ...extraction.sample_report import AUROC, recorded
+from ...extraction.separability import AUTO_THRESHOLD
+from ...steering.operators import make_operator
+from ...steering.plan import Steering
+from ...steering.presets import CUSTOM, find_preset, scaled_sites
+from ...steering.selection import has_auto, select_sites
+from ...vectors.pathology_vector import PathologyVector
+from ...vectors.schedule import CONSTANT
+from ..extraction import differs
+from ..sampling import curve as sampling_curve
+from ..sampling import window
 from .patch import steered
-from .sampling import curve as sampling_curve
-from .sampling import window
 from .sites import find_sites
 
 

@@ -19,11 +19,11 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from torch import Tensor, nn
 
-from ..errors import MedSteerError
-from ..steering.plan import Steering, SteeringPlan
-from ..steering.prepared import PreparedPlan
-from ..steering.rows import ALL_ROWS
-from ..vectors.pathology_vector import PathologyVector
+from ...errors import MedSteerError
+from ...steering.plan import Steering, SteeringPlan
+from ...steering.prepared import PreparedPlan
+from ...steering.rows import ALL_ROWS
+from ...vectors.pathology_vector import PathologyVector
 from .rows import INDEX_NAMES, block_rows, names_of_indices, names_of_uuids, row_finder
 from .sites import Found, find, find_sites, output_width, owns_its_output
 
