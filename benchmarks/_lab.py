@@ -47,7 +47,8 @@ class Lab:
     """The embedded model, ready to make images. Make one after `start_comfyui`."""
 
     def __init__(self) -> None:
-        from medsteer_core.host import embedded, sampling
+        from medsteer_core.host import sampling
+        from medsteer_core.host.loading import embedded
 
         self.model, self.clip, self.vae = embedded.load_endophantom()
         self.schedule = sampling.schedule(self.model, STEPS, SAMPLER, SCHEDULER)

@@ -60,7 +60,8 @@ def endophantom(steps: int) -> Stack:
 
 def pixart_xl_width(blocks: int, side: int) -> Stack:
     """Blocks of PixArt-XL's width and heads with random weights; a latent of `side`, batch 2 with its guidance."""
-    from medsteer_core.host import pixart, sampling
+    from medsteer_core.host import sampling
+    from medsteer_core.host.loading import pixart
 
     sizes = Sizes(**{**vars(FULL), "format": ORIGINAL, "depth": blocks, "tokens": 120})
     half = torch.cuda.is_available() and not _on_cpu()

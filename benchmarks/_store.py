@@ -34,8 +34,8 @@ from medsteer_core.vectors.pathology_vector import PathologyVector, canonical_js
 
 FACTUAL = "factual"
 # Code that decides what images are made, what steering makes of them, and how they are scored.
-MAKING = ("benchmarks/_lab.py", "benchmarks/_baselines.py", "medsteer_core/host/embedded.py",
-          "medsteer_core/host/pixart.py")  # fmt: skip
+MAKING = ("benchmarks/_lab.py", "benchmarks/_baselines.py", "medsteer_core/host/loading/embedded.py",
+          "medsteer_core/host/loading/pixart.py")  # fmt: skip
 STEERING = ("benchmarks/_methods.py", "medsteer_core/host/*.py",
             *(f"medsteer_core/{name}.py" for name in ("extraction/affine", "extraction/axes",
                                                       "extraction/capture", "extraction/estimators",

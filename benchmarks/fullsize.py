@@ -101,7 +101,7 @@ def _measure(stages: Stages, folder: str, side: int) -> tuple[str, str]:
     import folder_paths
 
     from medsteer_core.host import extraction, sampling
-    from medsteer_core.host.checkpoints import load_described
+    from medsteer_core.host.loading.checkpoints import load_described
     from medsteer_core.host.patching import steer
 
     folder_paths.add_model_folder_path("diffusion_models", folder)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..medsteer_core.host.checkpoints import AUTO, FAMILIES, WEIGHT_DTYPES, load_described, model_names
-from ..medsteer_core.host.embedded import load_endophantom
+from ..medsteer_core.host.loading.checkpoints import AUTO, FAMILIES, WEIGHT_DTYPES, load_described, model_names
+from ..medsteer_core.host.loading.embedded import load_endophantom
 from ..medsteer_core.host.notes import note
 from .types import CATEGORY
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..medsteer_core.host import lora
+from ..medsteer_core.host.loading import lora
 from ..medsteer_core.host.notes import note
 from .types import CATEGORY
 

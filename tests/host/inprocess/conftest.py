@@ -58,6 +58,6 @@ def pixart():
 @pytest.fixture(scope="session")
 def endophantom():
     """The shipped EndoPhantom: MODEL, CLIP, VAE."""
-    from medsteer_pack.medsteer_core.host.embedded import load_endophantom
+    from medsteer_pack.medsteer_core.host.loading.embedded import load_endophantom
 
     return load_endophantom()

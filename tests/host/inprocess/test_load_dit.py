@@ -9,10 +9,10 @@ import tiny
 import torch
 from medsteer_pack.medsteer_core.checkpoints import pixart_state
 from medsteer_pack.medsteer_core.errors import MedSteerError
-from medsteer_pack.medsteer_core.host import checkpoints
-from medsteer_pack.medsteer_core.host.checkpoints import load_dit, model_names
+from medsteer_pack.medsteer_core.host.loading import checkpoints
+from medsteer_pack.medsteer_core.host.loading.checkpoints import load_dit, model_names
+from medsteer_pack.medsteer_core.host.loading.pixart import AnySizePixArtMS
 from medsteer_pack.medsteer_core.host.patching.sites import find_sites
-from medsteer_pack.medsteer_core.host.pixart import AnySizePixArtMS
 from safetensors.torch import save_file
 
 

@@ -14,9 +14,9 @@ import torch
 from medsteer_pack.medsteer_core.checkpoints import pixart_state
 from medsteer_pack.medsteer_core.checkpoints.pixart_state import Sizes
 from medsteer_pack.medsteer_core.errors import MedSteerError
-from medsteer_pack.medsteer_core.host import checkpoints, pixart
-from medsteer_pack.medsteer_core.host.checkpoints import load_described, load_dit, model_names
-from medsteer_pack.medsteer_core.host.pixart import AnySizePixArtMS
+from medsteer_pack.medsteer_core.host.loading import checkpoints, pixart
+from medsteer_pack.medsteer_core.host.loading.checkpoints import load_described, load_dit, model_names
+from medsteer_pack.medsteer_core.host.loading.pixart import AnySizePixArtMS
 from medsteer_pack.nodes.load import LoadDiT
 from safetensors.torch import save_file
 

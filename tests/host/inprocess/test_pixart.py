@@ -6,9 +6,9 @@ import tiny
 import torch
 from comfy.ldm.pixart.pixartms import PixArtMS
 from medsteer_pack.medsteer_core.errors import MedSteerError
+from medsteer_pack.medsteer_core.host.loading.pixart import AnySizePixArtMS, allow_any_size
 from medsteer_pack.medsteer_core.host.patching.fingerprint import fingerprint
 from medsteer_pack.medsteer_core.host.patching.sites import family_name, find_sites
-from medsteer_pack.medsteer_core.host.pixart import AnySizePixArtMS, allow_any_size
 from torch import nn
 
 VARIANTS = {

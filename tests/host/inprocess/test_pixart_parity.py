@@ -16,7 +16,7 @@ import tiny
 import torch
 from comfy.ldm.pixart.pixartms import PixArtMS
 from medsteer_pack.medsteer_core.host import sampling
-from medsteer_pack.medsteer_core.host.checkpoints import load_described, load_dit, model_names
+from medsteer_pack.medsteer_core.host.loading.checkpoints import load_described, load_dit, model_names
 from safetensors.torch import load_file, save_file
 
 diffusers = pytest.importorskip("diffusers")

@@ -7,8 +7,8 @@ import tiny
 import torch
 from medsteer_pack.medsteer_core import errors
 from medsteer_pack.medsteer_core.host import vector_folder
+from medsteer_pack.medsteer_core.host.loading.pixart import AnySizePixArtMS
 from medsteer_pack.medsteer_core.host.patching import fingerprint
-from medsteer_pack.medsteer_core.host.pixart import AnySizePixArtMS
 from medsteer_pack.medsteer_core.scores import images as image_pairs
 from medsteer_pack.nodes.steer import Steer
 from medsteer_pack.nodes.vectors import LoadPathologyVector

@@ -17,13 +17,13 @@ import torch
 from comfy.ldm.pixart.pixartms import PixArtMS
 from comfy.model_patcher import ModelPatcher
 
-from ..checkpoints import pixart_config, pixart_state
-from ..checkpoints.pixart_config import ALPHA, SIGMA
-from ..checkpoints.pixart_state import DIFFUSERS
-from ..errors import MedSteerError
-from ..files.inside import shown
+from ...checkpoints import pixart_config, pixart_state
+from ...checkpoints.pixart_config import ALPHA, SIGMA
+from ...checkpoints.pixart_state import DIFFUSERS
+from ...errors import MedSteerError
+from ...files.inside import shown
+from ..patching.sites import family_name, find_sites
 from . import pixart_files
-from .patching.sites import family_name, find_sites
 from .pixart import GRID, Recipe, allow_any_size, build, latent_format
 
 FOLDERS = ("diffusion_models", "checkpoints")

@@ -17,9 +17,9 @@ import torch
 from comfy.sd1_clip import escape_important, token_weights, unescape_important
 from torch import Tensor, nn
 
-from ..endophantom import text
-from ..endophantom.autoencoder import PATCH
-from ..endophantom.bundle import VAE_PATH, Bundle
+from ...endophantom import text
+from ...endophantom.autoencoder import PATCH
+from ...endophantom.bundle import VAE_PATH, Bundle
 from .pixart import allow_any_size
 
 CONFIG_KEYS = ("in_channels", "patch_size", "hidden_size", "depth", "num_heads", "caption_channels",

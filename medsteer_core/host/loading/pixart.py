@@ -21,8 +21,8 @@ from comfy.ldm.pixart.pixartms import PixArtMS, get_2d_sincos_pos_embed_torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..checkpoints.pixart_config import ALPHA
-from ..checkpoints.pixart_state import Sizes
+from ...checkpoints.pixart_config import ALPHA
+from ...checkpoints.pixart_state import Sizes
 
 GRID = 64  # latent side of PixArt's 512-pixel training, to which positions are scaled
 

@@ -15,10 +15,10 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..checkpoints import peft_lora
-from ..checkpoints.peft_lora import CONFIG_FILE, PREFIX, WEIGHTS_FILE, PeftLora
-from ..errors import MedSteerError
-from ..files.inside import shown
+from ...checkpoints import peft_lora
+from ...checkpoints.peft_lora import CONFIG_FILE, PREFIX, WEIGHTS_FILE, PeftLora
+from ...errors import MedSteerError
+from ...files.inside import shown
 
 FOLDER = "loras"
 MODEL, CLIP = "MODEL", "CLIP"

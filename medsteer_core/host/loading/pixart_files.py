@@ -12,8 +12,8 @@ import comfy.model_management
 import comfy.utils
 import folder_paths
 
-from ..checkpoints.pixart_config import parse_config
-from ..errors import MedSteerError
+from ...checkpoints.pixart_config import parse_config
+from ...errors import MedSteerError
 
 SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.safetensors")
 INDEX = re.compile(r".*\.safetensors\.index\.(?:[^./\\]+\.)?json")
