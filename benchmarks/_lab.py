@@ -47,8 +47,8 @@ class Lab:
     """The embedded model, ready to make images. Make one after `start_comfyui`."""
 
     def __init__(self) -> None:
-        from medsteer_core.host import sampling
         from medsteer_core.host.loading import embedded
+        from medsteer_core.host.sampling import runs as sampling
 
         self.model, self.clip, self.vae = embedded.load_endophantom()
         self.schedule = sampling.schedule(self.model, STEPS, SAMPLER, SCHEDULER)
@@ -67,14 +67,14 @@ class Lab:
 
     def noise(self, seeds: Sequence[int]) -> Tensor:
         """The noise that ComfyUI gives a single image of each seed: ``(len(seeds), C, H, W)``."""
-        from medsteer_core.host import sampling
+        from medsteer_core.host.sampling import runs as sampling
 
         like = sampling.empty_latent(self.model, self.latent)
         return torch.cat([sampling.noise_for(like, seed, [0]) for seed in seeds])
 
     def sample(self, model: Any, positive: list, noise: Tensor, cfg: float = CFG, seed: int = 0) -> Tensor:
         """Latents from ``noise`` on an empty latent, `BATCH` images at a time."""
-        from medsteer_core.host import sampling
+        from medsteer_core.host.sampling import runs as sampling
 
         empty = self.conditioning("")
         parts = [sampling.sample(model, positive, empty, part, self.schedule, cfg, seed) for part in noise.split(BATCH)]
@@ -85,7 +85,7 @@ class Lab:
 
         Zero noise goes on from latents as they are; rising sigmas invert them into noise.
         """
-        from medsteer_core.host import sampling
+        from medsteer_core.host.sampling import runs as sampling
 
         plan, empty = self.steps(sigmas), self.conditioning("")
         parts = zip(latents.split(BATCH), noise.split(BATCH), strict=True)
@@ -97,7 +97,7 @@ class Lab:
 
     def denoise_sigmas(self, denoise: float) -> Tensor:
         """The noise levels that KSampler takes at this ``denoise``: its last `STEPS` steps of a longer schedule."""
-        from medsteer_core.host import sampling
+        from medsteer_core.host.sampling import runs as sampling
 
         return sampling.schedule(self.model, int(STEPS / denoise), SAMPLER, SCHEDULER).sigmas[-(STEPS + 1) :]
 
@@ -108,7 +108,7 @@ class Lab:
 
     def extract(self, present: str, absent: str, samples: int = 16, seed: int = 1000, noise: str = "paired") -> Any:
         """A pathology vector between two classes."""
-        from medsteer_core.host import extraction
+        from medsteer_core.host.sampling import extraction
 
         request = extraction.Request(
             self.prompt(present), self.prompt(absent), self.conditioning(""), self.latent, samples, seed, CFG, noise,

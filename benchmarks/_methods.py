@@ -111,7 +111,7 @@ class GivenNoise:
 
 def locked(lab: Lab, model: Any, preset: Preset, positive: list, noise: Tensor) -> Tensor:
     """The latents of Counterfactual Sampler's counterfactuals under the preset's lock, `BATCH` images at a time."""
-    from medsteer_core.host.counterfactual import PairRequest, sample_pair
+    from medsteer_core.host.sampling.counterfactual import PairRequest, sample_pair
 
     parts = []
     for part in noise.split(BATCH):
@@ -241,8 +241,8 @@ def _beside(site: SiteDirections, weights: Tensor, deviations: Tensor) -> SiteDi
 
 def _random_direction(lab: Lab, vectors: Vectors, pair: Pair, preset: Preset) -> Method:
     def run(chunk: Chunk, strength: float) -> Tensor:
-        from medsteer_core.host import sampling
         from medsteer_core.host.patching import patch
+        from medsteer_core.host.sampling import runs as sampling
         from medsteer_core.steering.plan import Steering
 
         result = torch.empty_like(chunk.latents)

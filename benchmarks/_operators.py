@@ -144,8 +144,8 @@ class Vectors:
 
     def _watched(self, name: str, images: range) -> SampleRecord:
         """Samples of a class's prompt, as Extract Pathology Vector takes them: one seed, image by image."""
-        from medsteer_core.host import sampling
         from medsteer_core.host.patching import patch
+        from medsteer_core.host.sampling import runs as sampling
 
         lab, recorder = self.lab, SampleRecorder()
         watched, like = patch.observed(lab.model, recorder), sampling.empty_latent(lab.model, lab.latent)
@@ -200,7 +200,7 @@ class LateRuns:
 
     def first_step(self, preset: Preset) -> int:
         """The first step that falls into the preset's window."""
-        from medsteer_core.host import sampling
+        from medsteer_core.host.sampling import runs as sampling
 
         window = sampling.window(self.lab.model, preset.start, preset.end)
         levels = self.lab.schedule.sigmas[:-1].tolist()
@@ -212,7 +212,7 @@ class LateRuns:
 
     def sample(self, model: Any, preset: Preset, source: str, chunk: Chunk) -> Tensor:
         """The latents of a steered ``model`` for the chunk's noise, ``(n, C, H, W)``."""
-        from medsteer_core.host import sampling
+        from medsteer_core.host.sampling import runs as sampling
 
         lab, step = self.lab, self.first_step(preset)
         if step == 0:

@@ -51,7 +51,7 @@ class Stack:
 
 def endophantom(steps: int) -> Stack:
     """The embedded model, one image of 128 pixels: as slight a network as anybody steers."""
-    from medsteer_core.host import sampling
+    from medsteer_core.host.sampling import runs as sampling
 
     lab = Lab()
     schedule = sampling.schedule(lab.model, steps, "euler", "normal")
@@ -60,8 +60,8 @@ def endophantom(steps: int) -> Stack:
 
 def pixart_xl_width(blocks: int, side: int) -> Stack:
     """Blocks of PixArt-XL's width and heads with random weights; a latent of `side`, batch 2 with its guidance."""
-    from medsteer_core.host import sampling
     from medsteer_core.host.loading import pixart
+    from medsteer_core.host.sampling import runs as sampling
 
     sizes = Sizes(**{**vars(FULL), "format": ORIGINAL, "depth": blocks, "tokens": 120})
     half = torch.cuda.is_available() and not _on_cpu()
@@ -166,7 +166,7 @@ def timed_run(stack: Stack, model: Any, around: AbstractContextManager) -> tuple
     """One run within `around`: the medians over its calls of the wall's and the threads' milliseconds."""
     import comfy.samplers
 
-    from medsteer_core.host import sampling
+    from medsteer_core.host.sampling import runs as sampling
 
     clock = Clock(stack.device)
     sampler = comfy.samplers.KSAMPLER(timed_euler, extra_options={"clock": clock})

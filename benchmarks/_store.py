@@ -36,7 +36,7 @@ FACTUAL = "factual"
 # Code that decides what images are made, what steering makes of them, and how they are scored.
 MAKING = ("benchmarks/_lab.py", "benchmarks/_baselines.py", "medsteer_core/host/loading/embedded.py",
           "medsteer_core/host/loading/pixart.py")  # fmt: skip
-STEERING = ("benchmarks/_methods.py", "medsteer_core/host/*.py",
+STEERING = ("benchmarks/_methods.py", "medsteer_core/host/patching/*.py", "medsteer_core/host/sampling/*.py",
             *(f"medsteer_core/{name}.py" for name in ("extraction/affine", "extraction/axes",
                                                       "extraction/capture", "extraction/estimators",
                                                       "steering/operators", "vectors/pathology_vector",

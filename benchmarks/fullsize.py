@@ -100,9 +100,10 @@ def _measure(stages: Stages, folder: str, side: int) -> tuple[str, str]:
     """Everything after writing; gives what Load DiT says of the model, and the device."""
     import folder_paths
 
-    from medsteer_core.host import extraction, sampling
     from medsteer_core.host.loading.checkpoints import load_described
     from medsteer_core.host.patching import steer
+    from medsteer_core.host.sampling import extraction
+    from medsteer_core.host.sampling import runs as sampling
 
     folder_paths.add_model_folder_path("diffusion_models", folder)
     present, absent, negative = (conditioning(seed) for seed in range(3))

@@ -56,8 +56,8 @@ def run(chosen: argparse.Namespace) -> tuple[dict[str, Any], None]:
 
 def one_window(lab: Lab, vector: Any, start: int, batch: int, repeats: int) -> dict[str, Any]:
     """Rows and median seconds of both ways, where steering starts at step ``start``."""
-    from medsteer_core.host import counterfactual
     from medsteer_core.host.patching import patch
+    from medsteer_core.host.sampling import counterfactual
     from medsteer_core.steering.operators import make_operator
     from medsteer_core.steering.plan import Steering
     from medsteer_core.vectors.schedule import SigmaWindow

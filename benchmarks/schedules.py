@@ -186,7 +186,7 @@ class Bench:
     def lab(self, way: Way) -> Lab:
         """The lab with another sampler and number of steps."""
         if way not in self._labs:
-            from medsteer_core.host import sampling
+            from medsteer_core.host.sampling import runs as sampling
 
             self._labs[way] = copy.copy(self.store.lab)
             self._labs[way].schedule = sampling.schedule(self.store.lab.model, way.steps, way.sampler, SCHEDULER)
@@ -223,7 +223,7 @@ class Bench:
 
 def pair_of(lab: Lab, pair: Pair, vector: PathologyVector, seeds: range) -> tuple[Tensor, Tensor]:
     """Factual and counterfactual latents under the lab's schedule, by Counterfactual Sampler with our preset."""
-    from medsteer_core.host.counterfactual import PairRequest, sample_pair
+    from medsteer_core.host.sampling.counterfactual import PairRequest, sample_pair
 
     preset, noise = preset_of(pair), lab.noise(seeds)
     request = PairRequest(

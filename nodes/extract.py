@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..medsteer_core.host import extraction, sample_folder, sampling
+from ..medsteer_core.host import sample_folder
 from ..medsteer_core.host.notes import note
+from ..medsteer_core.host.sampling import extraction
+from ..medsteer_core.host.sampling import runs as sampling
 from ..medsteer_core.pictures.summary import describe
 from .prompts import prompt_text
 from .types import CATEGORY, Vector

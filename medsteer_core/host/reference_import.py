@@ -10,8 +10,9 @@ from ..errors import MedSteerError
 from ..vectors import reference_files
 from ..vectors.pathology_vector import PathologyVector
 from ..vectors.reference_vectors import to_vector
-from . import sampling, vector_folder
+from . import vector_folder
 from .patching.sites import find_sites, output_width
+from .sampling import runs as sampling
 
 SCHEDULES: list[str] = [PIXART_SCHEDULE, *sampling.SCHEDULERS]
 

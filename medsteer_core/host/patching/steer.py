@@ -18,9 +18,9 @@ from ...steering.presets import CUSTOM, find_preset, scaled_sites
 from ...steering.selection import has_auto, select_sites
 from ...vectors.pathology_vector import PathologyVector
 from ...vectors.schedule import CONSTANT
-from ..extraction import differs
-from ..sampling import curve as sampling_curve
-from ..sampling import window
+from ..sampling.extraction import differs
+from ..sampling.runs import curve as sampling_curve
+from ..sampling.runs import window
 from .patch import steered
 from .sites import find_sites
 

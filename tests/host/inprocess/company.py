@@ -34,8 +34,8 @@ from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from comfy_extras.nodes_sag import SelfAttentionGuidance
 from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 from medsteer_pack.medsteer_core.checkpoints import peft_lora
-from medsteer_pack.medsteer_core.host import sampling
 from medsteer_pack.medsteer_core.host.loading import lora
+from medsteer_pack.medsteer_core.host.sampling import runs as sampling
 from safetensors.torch import save_file
 from torch import Tensor, nn
 

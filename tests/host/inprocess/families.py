@@ -20,9 +20,9 @@ from comfy.ldm.anima.model import LLMAdapter
 from comfy.model_patcher import ModelPatcher
 from comfy.nested_tensor import NestedTensor
 from comfy.ops import disable_weight_init
-from medsteer_pack.medsteer_core.host import sampling
 from medsteer_pack.medsteer_core.host.patching.fingerprint import fingerprint
 from medsteer_pack.medsteer_core.host.patching.sites import find_sites, output_width
+from medsteer_pack.medsteer_core.host.sampling import runs as sampling
 from medsteer_pack.medsteer_core.vectors.pathology_vector import PathologyVector, SiteDirections
 from torch import Tensor, nn
 

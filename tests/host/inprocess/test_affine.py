@@ -7,7 +7,8 @@ import tiny
 import torch
 from medsteer_pack.medsteer_core.endophantom.bundle import Bundle
 from medsteer_pack.medsteer_core.errors import MedSteerError
-from medsteer_pack.medsteer_core.host import extraction, sampling
+from medsteer_pack.medsteer_core.host.sampling import extraction
+from medsteer_pack.medsteer_core.host.sampling import runs as sampling
 from medsteer_pack.medsteer_core.pictures.summary import describe
 from medsteer_pack.medsteer_core.vectors import file as vector_file
 

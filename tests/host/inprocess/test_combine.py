@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 from medsteer_pack.medsteer_core.errors import MedSteerError
-from medsteer_pack.medsteer_core.host import extraction
+from medsteer_pack.medsteer_core.host.sampling import extraction
 from medsteer_pack.medsteer_core.vectors import file as vector_file
 from medsteer_pack.medsteer_core.vectors.algebra import HOW
 from medsteer_pack.nodes import NODES

@@ -13,10 +13,10 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from comfy_extras.nodes_torch_compile import TorchCompileModel
 from medsteer_pack.medsteer_core.errors import MedSteerError
-from medsteer_pack.medsteer_core.host import sampling
-from medsteer_pack.medsteer_core.host.counterfactual import CONCEPT, PairRequest, sample_pair
 from medsteer_pack.medsteer_core.host.patching import steer
 from medsteer_pack.medsteer_core.host.patching.families import FAMILIES
+from medsteer_pack.medsteer_core.host.sampling import runs as sampling
+from medsteer_pack.medsteer_core.host.sampling.counterfactual import CONCEPT, PairRequest, sample_pair
 
 import nodes as core
 

@@ -8,12 +8,13 @@ import pytest
 import tiny
 import torch
 from medsteer_pack.medsteer_core.errors import MedSteerError
-from medsteer_pack.medsteer_core.host import counterfactual, sampling
-from medsteer_pack.medsteer_core.host.counterfactual import CONCEPT, PairRequest, multiples_of, sample_pair
-from medsteer_pack.medsteer_core.host.paired_conds import fit_to_block
-from medsteer_pack.medsteer_core.host.paired_noise import check_pairable
 from medsteer_pack.medsteer_core.host.patching.patch import plan_of
 from medsteer_pack.medsteer_core.host.patching.patch import steered as patch_steered
+from medsteer_pack.medsteer_core.host.sampling import counterfactual
+from medsteer_pack.medsteer_core.host.sampling import runs as sampling
+from medsteer_pack.medsteer_core.host.sampling.counterfactual import CONCEPT, PairRequest, multiples_of, sample_pair
+from medsteer_pack.medsteer_core.host.sampling.paired_conds import fit_to_block
+from medsteer_pack.medsteer_core.host.sampling.paired_noise import check_pairable
 from medsteer_pack.medsteer_core.steering.token_map import (
     TokenChange,
     mask_for_latent,

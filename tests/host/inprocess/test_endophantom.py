@@ -8,9 +8,10 @@ from medsteer_pack.medsteer_core.endophantom.autoencoder import TinyAutoencoder
 from medsteer_pack.medsteer_core.endophantom.bundle import Bundle
 from medsteer_pack.medsteer_core.endophantom.phantom import Anatomy, render
 from medsteer_pack.medsteer_core.endophantom.pixart_twin import PixArtConfig, PixArtTwin
-from medsteer_pack.medsteer_core.host import extraction, sampling
 from medsteer_pack.medsteer_core.host.loading import embedded
 from medsteer_pack.medsteer_core.host.patching.sites import find_sites
+from medsteer_pack.medsteer_core.host.sampling import extraction
+from medsteer_pack.medsteer_core.host.sampling import runs as sampling
 
 import nodes
 

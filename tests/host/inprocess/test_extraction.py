@@ -13,9 +13,10 @@ from medsteer_pack.medsteer_core.extraction import sample_watch
 from medsteer_pack.medsteer_core.extraction.capture import ActivationSums
 from medsteer_pack.medsteer_core.extraction.estimators import mean_difference
 from medsteer_pack.medsteer_core.extraction.sample_estimators import ESTIMATORS
-from medsteer_pack.medsteer_core.host import extraction, sampling
 from medsteer_pack.medsteer_core.host.patching import patch, steer
 from medsteer_pack.medsteer_core.host.patching.fingerprint import fingerprint
+from medsteer_pack.medsteer_core.host.sampling import extraction
+from medsteer_pack.medsteer_core.host.sampling import runs as sampling
 from medsteer_pack.medsteer_core.pictures.summary import describe
 from medsteer_pack.nodes.prompts import prompt_text
 

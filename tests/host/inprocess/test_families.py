@@ -17,10 +17,11 @@ from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 from comfy.ldm.wan.model import HumoWanModel, VaceWanModel, WanModel_S2V
 from comfy.ldm.wan.model_animate import AnimateWanModel
 from medsteer_pack.medsteer_core.errors import MedSteerError
-from medsteer_pack.medsteer_core.host import extraction, sampling
 from medsteer_pack.medsteer_core.host.patching import patch, steer
 from medsteer_pack.medsteer_core.host.patching.families import FAMILIES
 from medsteer_pack.medsteer_core.host.patching.sites import family_name, find, find_sites, output_width, owns_its_output
+from medsteer_pack.medsteer_core.host.sampling import extraction
+from medsteer_pack.medsteer_core.host.sampling import runs as sampling
 
 ERRORS = [RuntimeError, comfy.model_management.InterruptProcessingException]
 

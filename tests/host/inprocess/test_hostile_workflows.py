@@ -11,9 +11,10 @@ import tiny
 import torch
 from comfy.cli_args import args
 from medsteer_pack.medsteer_core.errors import MedSteerError
-from medsteer_pack.medsteer_core.host import judge_folder, pair_folder, sampling, vector_folder
-from medsteer_pack.medsteer_core.host.counterfactual import multiples_of
+from medsteer_pack.medsteer_core.host import judge_folder, pair_folder, vector_folder
 from medsteer_pack.medsteer_core.host.loading import checkpoints, lora
+from medsteer_pack.medsteer_core.host.sampling import runs as sampling
+from medsteer_pack.medsteer_core.host.sampling.counterfactual import multiples_of
 from medsteer_pack.nodes import NODES
 from medsteer_pack.nodes.export import SaveCounterfactualPairs
 from medsteer_pack.nodes.pictures import CounterfactualPanel, StrengthSweep

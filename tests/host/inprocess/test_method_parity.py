@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 import torch
 from medsteer_pack.medsteer_core.checkpoints.pixart_sigmas import pixart_sigmas
-from medsteer_pack.medsteer_core.host import extraction, sampling
 from medsteer_pack.medsteer_core.host.loading.pixart import allow_any_size
+from medsteer_pack.medsteer_core.host.sampling import extraction
+from medsteer_pack.medsteer_core.host.sampling import runs as sampling
 from medsteer_pack.nodes.steer import Steer
 from medsteer_pack.nodes.vectors import ImportPathologyVector
 

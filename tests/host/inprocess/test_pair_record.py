@@ -8,9 +8,10 @@ import tiny
 import torch
 from comfy_extras.nodes_custom_sampler import Noise_EmptyNoise, Noise_RandomNoise
 from medsteer_pack.medsteer_core.dataset.records import finish
-from medsteer_pack.medsteer_core.host import counterfactual, sampling
-from medsteer_pack.medsteer_core.host.pair_record import tensor_hash
 from medsteer_pack.medsteer_core.host.patching.fingerprint import fingerprint
+from medsteer_pack.medsteer_core.host.sampling import counterfactual
+from medsteer_pack.medsteer_core.host.sampling import runs as sampling
+from medsteer_pack.medsteer_core.host.sampling.pair_record import tensor_hash
 from medsteer_pack.medsteer_core.steering.operators import Operator
 
 POSITIVE, NEGATIVE = tiny.cond(1), tiny.cond(0, tokens=3)

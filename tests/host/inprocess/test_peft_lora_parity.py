@@ -18,9 +18,9 @@ import tiny
 import torch
 from medsteer_pack.medsteer_core.checkpoints import peft_lora
 from medsteer_pack.medsteer_core.errors import MedSteerError
-from medsteer_pack.medsteer_core.host import extraction
 from medsteer_pack.medsteer_core.host.loading import lora
 from medsteer_pack.medsteer_core.host.patching.fingerprint import fingerprint
+from medsteer_pack.medsteer_core.host.sampling import extraction
 from medsteer_pack.nodes.lora import LoadPEFTLoRA
 from safetensors.torch import load_file, save_file
 

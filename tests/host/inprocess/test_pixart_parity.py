@@ -15,8 +15,8 @@ import pytest
 import tiny
 import torch
 from comfy.ldm.pixart.pixartms import PixArtMS
-from medsteer_pack.medsteer_core.host import sampling
 from medsteer_pack.medsteer_core.host.loading.checkpoints import load_described, load_dit, model_names
+from medsteer_pack.medsteer_core.host.sampling import runs as sampling
 from safetensors.torch import load_file, save_file
 
 diffusers = pytest.importorskip("diffusers")

@@ -9,7 +9,8 @@ import torch
 from medsteer_pack.medsteer_core.errors import MedSteerError
 from medsteer_pack.medsteer_core.extraction.prompt_contexts import filled
 from medsteer_pack.medsteer_core.extraction.sample_store import SampleStore
-from medsteer_pack.medsteer_core.host import contexts, extraction, sampling
+from medsteer_pack.medsteer_core.host.sampling import contexts, extraction
+from medsteer_pack.medsteer_core.host.sampling import runs as sampling
 from medsteer_pack.medsteer_core.pictures.summary import describe
 
 PRESENT, ABSENT, NEGATIVE = tiny.cond(1), tiny.cond(2), tiny.cond(3, tokens=2)

@@ -8,8 +8,8 @@ import pytest
 import tiny
 import torch
 from medsteer_pack.medsteer_core.errors import MedSteerError
-from medsteer_pack.medsteer_core.host import sampling
 from medsteer_pack.medsteer_core.host.patching import patch, steer
+from medsteer_pack.medsteer_core.host.sampling import runs as sampling
 
 POSITIVE, NEGATIVE = tiny.cond(1), tiny.cond(2)
 SITES = [f"blocks.{index}.cross_attn.proj" for index in range(tiny.DEPTH)]

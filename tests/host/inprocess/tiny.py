@@ -17,11 +17,12 @@ import comfy.sample
 import comfy.samplers
 import comfy.supported_models
 import torch
-from medsteer_pack.medsteer_core.host import extraction, sampling
 from medsteer_pack.medsteer_core.host.loading.pixart import allow_any_size
 from medsteer_pack.medsteer_core.host.patching import patch, steer
 from medsteer_pack.medsteer_core.host.patching.fingerprint import fingerprint
 from medsteer_pack.medsteer_core.host.patching.sites import find_sites
+from medsteer_pack.medsteer_core.host.sampling import extraction
+from medsteer_pack.medsteer_core.host.sampling import runs as sampling
 from medsteer_pack.medsteer_core.vectors.pathology_vector import PathologyVector, SiteDirections
 from torch import Tensor, nn
 

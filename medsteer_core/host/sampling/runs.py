@@ -15,8 +15,8 @@ from comfy.model_patcher import ModelPatcher
 from comfy.nested_tensor import NestedTensor
 from torch import Tensor
 
-from ..errors import MedSteerError
-from ..vectors.schedule import CONSTANT, CURVES, SigmaWindow, StrengthCurve, check_percent
+from ...errors import MedSteerError
+from ...vectors.schedule import CONSTANT, CURVES, SigmaWindow, StrengthCurve, check_percent
 
 SAMPLERS: list[str] = comfy.samplers.SAMPLER_NAMES
 SCHEDULERS: list[str] = comfy.samplers.SCHEDULER_NAMES

@@ -13,9 +13,9 @@ import latent_preview
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..errors import MedSteerError
-from ..extraction.sample_store import Checkpoint, State
-from . import sampling
+from ...errors import MedSteerError
+from ...extraction.sample_store import Checkpoint, State
+from . import runs as sampling
 from .contexts import contexts_of
 from .run_facts import Indescribable, model_facts, plain, schedule_facts
 

@@ -21,14 +21,14 @@ from comfy.model_patcher import ModelPatcher
 from comfy_extras.nodes_custom_sampler import Noise_RandomNoise
 from torch import Tensor
 
-from ..errors import MedSteerError
-from ..steering.plan import SteeringPlan
-from ..steering.token_map import TokenChange, mask_for_latent, threshold_mask
+from ...errors import MedSteerError
+from ...steering.plan import SteeringPlan
+from ...steering.token_map import TokenChange, mask_for_latent, threshold_mask
+from ..patching.patch import in_blocks, plan_of, with_blocks
 from .pair_record import lock_of, records_of
 from .paired_conds import fit_to_block
 from .paired_noise import BlockSampler, check_pairable
-from .patching.patch import in_blocks, plan_of, with_blocks
-from .sampling import Schedule
+from .runs import Schedule
 
 OPEN, CONCEPT, USER = "none", "concept map", "user"
 LOCKS = (OPEN, CONCEPT)

@@ -12,8 +12,8 @@ from comfy.model_patcher import ModelPatcher
 from comfy.samplers import KSAMPLER
 from torch import Tensor, nn
 
-from .patching.fingerprint import fingerprint
-from .sampling import Schedule
+from ..patching.fingerprint import fingerprint
+from .runs import Schedule
 
 # A model that carries any of these does what no description tells.
 PATCHES = ("wrappers", "callbacks", "injections", "hook_patches", "additional_models", "weight_wrapper_patches")

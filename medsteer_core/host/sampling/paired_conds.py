@@ -12,7 +12,7 @@ import comfy.conds
 import comfy.utils
 from torch import Tensor
 
-from ..errors import MedSteerError
+from ...errors import MedSteerError
 
 
 def fit_to_block(conds: dict[str, list[dict[str, Any]]], images: int, blocks: int) -> None:

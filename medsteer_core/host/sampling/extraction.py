@@ -12,24 +12,24 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..errors import MedSteerError
-from ..extraction.affine import affine_map
-from ..extraction.capture import ActivationSums
-from ..extraction.estimators import mean_difference
-from ..extraction.sample_estimators import ESTIMATORS, NEEDS_PAIRS, estimate
-from ..extraction.sample_report import KEY as REPORT
-from ..extraction.sample_report import LEAST_SAMPLES, separability_facts
-from ..extraction.sample_store import SampleStore
-from ..extraction.sample_watch import SampleWatch
-from ..extraction.token_pairs import SIDES, PairedActivations, pairs_that_fit
-from ..vectors.pathology_vector import PathologyVector
-from . import sampling
+from ...errors import MedSteerError
+from ...extraction.affine import affine_map
+from ...extraction.capture import ActivationSums
+from ...extraction.estimators import mean_difference
+from ...extraction.sample_estimators import ESTIMATORS, NEEDS_PAIRS, estimate
+from ...extraction.sample_report import KEY as REPORT
+from ...extraction.sample_report import LEAST_SAMPLES, separability_facts
+from ...extraction.sample_store import SampleStore
+from ...extraction.sample_watch import SampleWatch
+from ...extraction.token_pairs import SIDES, PairedActivations, pairs_that_fit
+from ...vectors.pathology_vector import PathologyVector
+from ..patching.fingerprint import fingerprint
+from ..patching.patch import observed, plan_of
+from ..patching.sites import find_sites, output_width
+from . import runs as sampling
 from .contexts import TEXT, context_texts, contexts_of
 from .gathering import Batch, Gathering
-from .patching.fingerprint import fingerprint
-from .patching.patch import observed, plan_of
-from .patching.sites import find_sites, output_width
-from .sampling import Schedule
+from .runs import Schedule
 
 PAIRED, UNPAIRED, SAME_STATE = "paired", "unpaired", "same state"
 MEAN_DIFFERENCE = "mean difference"

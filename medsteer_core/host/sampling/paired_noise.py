@@ -17,7 +17,7 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ..errors import MedSteerError
+from ...errors import MedSteerError
 
 BROWNIAN = re.compile(r"sample_dpmpp_(?:sde|2m_sde|2m_sde_heun|3m_sde)(_gpu)?")
 KNOWN = ("comfy.k_diffusion.", "comfy.extra_samplers.", "comfy.samplers")

@@ -13,14 +13,14 @@ from comfy.model_patcher import ModelPatcher
 from comfy_extras.nodes_custom_sampler import Noise_RandomNoise
 from torch import Tensor
 
-from ..dataset.records import short_hash
-from ..steering.plan import Steering, SteeringPlan
-from ..vectors.pathology_vector import PathologyVector
-from ..vectors.recipe import recipe
+from ...dataset.records import short_hash
+from ...steering.plan import Steering, SteeringPlan
+from ...vectors.pathology_vector import PathologyVector
+from ...vectors.recipe import recipe
+from ..patching.fingerprint import fingerprint
+from ..patching.patch import KEY
 from .extraction import prompt_of
 from .paired_noise import takes_noise
-from .patching.fingerprint import fingerprint
-from .patching.patch import KEY
 from .run_facts import Indescribable, plain
 
 if TYPE_CHECKING:

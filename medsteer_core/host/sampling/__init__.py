@@ -1,0 +1,1 @@
+"""ComfyUI's samplers: schedules, the runs of an extraction, factual and counterfactual runs."""
