@@ -2,8 +2,8 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from ..medsteer_core.host.folders.vectors import register_folder
 from ..medsteer_core.host.loading.embedded import register_vae
-from ..medsteer_core.host.vector_folder import register_folder
 from .combine import CombineVectors
 from .contexts import PromptContexts
 from .counterfactual import CounterfactualCompare

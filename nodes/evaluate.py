@@ -9,7 +9,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..medsteer_core.dataset.records import COUNTERFACTUAL, RANDOM, REPROMPT, STRENGTH_ZERO
-from ..medsteer_core.host import judge_folder
+from ..medsteer_core.host.folders import judges as judge_folder
 from ..medsteer_core.host.notes import note
 from ..medsteer_core.scores.images import channels_first
 from .types import CATEGORY, Vector

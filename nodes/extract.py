@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..medsteer_core.host import sample_folder
+from ..medsteer_core.host.folders import samples as sample_folder
 from ..medsteer_core.host.notes import note
 from ..medsteer_core.host.sampling import extraction
 from ..medsteer_core.host.sampling import runs as sampling

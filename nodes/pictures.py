@@ -10,7 +10,7 @@ import json
 import torch
 from comfy_api.latest import io, ui
 
-from ..medsteer_core.host import judge_folder
+from ..medsteer_core.host.folders import judges as judge_folder
 from ..medsteer_core.host.sampling import counterfactual as sampled
 from ..medsteer_core.pictures.summary import describe
 from ..medsteer_core.scores.images import channels_first, compare_pairs

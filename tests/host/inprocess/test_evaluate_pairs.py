@@ -12,7 +12,7 @@ import torch
 from medsteer_pack.medsteer_core.endophantom.phantom import Anatomy, render
 from medsteer_pack.medsteer_core.errors import MedSteerError
 from medsteer_pack.medsteer_core.evaluation import report as evaluation
-from medsteer_pack.medsteer_core.host import vector_folder
+from medsteer_pack.medsteer_core.host.folders import vectors as vector_folder
 from medsteer_pack.nodes.evaluate import EvaluatePairs, RandomDirection
 
 SIDE = 64

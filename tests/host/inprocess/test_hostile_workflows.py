@@ -11,7 +11,15 @@ import tiny
 import torch
 from comfy.cli_args import args
 from medsteer_pack.medsteer_core.errors import MedSteerError
-from medsteer_pack.medsteer_core.host import judge_folder, pair_folder, vector_folder
+from medsteer_pack.medsteer_core.host.folders import (
+    judges as judge_folder,
+)
+from medsteer_pack.medsteer_core.host.folders import (
+    pairs as pair_folder,
+)
+from medsteer_pack.medsteer_core.host.folders import (
+    vectors as vector_folder,
+)
 from medsteer_pack.medsteer_core.host.loading import checkpoints, lora
 from medsteer_pack.medsteer_core.host.sampling import runs as sampling
 from medsteer_pack.medsteer_core.host.sampling.counterfactual import multiples_of

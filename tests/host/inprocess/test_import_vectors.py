@@ -10,7 +10,7 @@ import tiny
 import torch
 from medsteer_pack.medsteer_core.checkpoints.pixart_sigmas import PIXART_SCHEDULE, pixart_sigmas, pixart_timesteps
 from medsteer_pack.medsteer_core.errors import MedSteerError
-from medsteer_pack.medsteer_core.host import vector_folder
+from medsteer_pack.medsteer_core.host.folders import vectors as vector_folder
 from medsteer_pack.medsteer_core.host.patching import patch
 from medsteer_pack.medsteer_core.host.sampling import runs as sampling
 from medsteer_pack.nodes.schedule import PixArtSigmas

@@ -10,7 +10,8 @@ import tiny
 import torch
 from comfy_extras.nodes_image_compare import ImageCompare
 from medsteer_pack.medsteer_core.errors import MedSteerError
-from medsteer_pack.medsteer_core.host import judge_folder, vector_folder
+from medsteer_pack.medsteer_core.host.folders import judges as judge_folder
+from medsteer_pack.medsteer_core.host.folders import vectors as vector_folder
 from medsteer_pack.medsteer_core.host.sampling import extraction
 from medsteer_pack.medsteer_core.pictures.summary import describe
 from medsteer_pack.nodes.pictures import CounterfactualPanel, InspectVector, StrengthSweep

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 from medsteer_pack.medsteer_core import errors
-from medsteer_pack.medsteer_core.host import vector_folder
+from medsteer_pack.medsteer_core.host.folders import vectors as vector_folder
 from medsteer_pack.medsteer_core.host.loading.pixart import AnySizePixArtMS
 from medsteer_pack.medsteer_core.host.patching import fingerprint
 from medsteer_pack.medsteer_core.scores import images as image_pairs

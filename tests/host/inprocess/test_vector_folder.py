@@ -4,7 +4,7 @@ import folder_paths
 import pytest
 import tiny
 from medsteer_pack.medsteer_core.errors import MedSteerError
-from medsteer_pack.medsteer_core.host import vector_folder
+from medsteer_pack.medsteer_core.host.folders import vectors as vector_folder
 from medsteer_pack.nodes.vectors import LoadPathologyVector
 
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 import folder_paths
 
-from ..errors import MedSteerError
-from ..files.inside import shown
-from .vector_folder import FOLDER, JUDGES
+from ...errors import MedSteerError
+from ...files.inside import shown
+from .vectors import FOLDER, JUDGES
 
 if TYPE_CHECKING:
-    from ..judges.judge import Judge
+    from ...judges.judge import Judge
 
 EMBEDDED, NONE = "EndoPhantom", "none"
 
@@ -42,10 +42,10 @@ def judge_of(name: str) -> Judge | None:
     if name == NONE:
         return None
     if name == EMBEDDED:
-        from ..scores.scorer import embedded_judges
+        from ...scores.scorer import embedded_judges
 
         return embedded_judges()
-    from ..judges.files import load_judge
+    from ...judges.files import load_judge
 
     return load_judge(_found()[name])
 
@@ -78,6 +78,6 @@ def _size_and_time(file: Path) -> str:
 
 
 def _is_judge(path: Path) -> bool:
-    from ..judges.files import SUFFIXES
+    from ...judges.files import SUFFIXES
 
     return (path.suffix in SUFFIXES and path.with_suffix(".json").is_file()) or (path / "judge.json").is_file()

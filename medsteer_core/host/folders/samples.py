@@ -6,7 +6,7 @@ from pathlib import Path
 
 import folder_paths
 
-from ..extraction.sample_store import SampleStore
+from ...extraction.sample_store import SampleStore
 
 
 def store() -> SampleStore:

@@ -10,10 +10,10 @@ from typing import Any
 import folder_paths
 from comfy.cli_args import args
 
-from ..dataset.records import files_of
-from ..errors import MedSteerError
-from ..files.inside import name_parts, path_inside
-from .sharing import KEY
+from ...dataset.records import files_of
+from ...errors import MedSteerError
+from ...files.inside import name_parts, path_inside
+from ..sharing import KEY
 
 WORKFLOW, RECORD, MARKING = "workflow and record", "record", "marking only"
 METADATA = (WORKFLOW, RECORD, MARKING)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..checkpoints.pixart_sigmas import PIXART_SCHEDULE, pixart_sigmas
-from ..errors import MedSteerError
-from ..vectors import reference_files
-from ..vectors.pathology_vector import PathologyVector
-from ..vectors.reference_vectors import to_vector
-from . import vector_folder
-from .patching.sites import find_sites, output_width
-from .sampling import runs as sampling
+from ...checkpoints.pixart_sigmas import PIXART_SCHEDULE, pixart_sigmas
+from ...errors import MedSteerError
+from ...vectors import reference_files
+from ...vectors.pathology_vector import PathologyVector
+from ...vectors.reference_vectors import to_vector
+from ..patching.sites import find_sites, output_width
+from ..sampling import runs as sampling
+from . import vectors as vector_folder
 
 SCHEDULES: list[str] = [PIXART_SCHEDULE, *sampling.SCHEDULERS]
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import folder_paths
 
-from ..errors import MedSteerError
-from ..files.inside import name_parts, path_inside, shown
-from ..vectors import file as vector_file
-from ..vectors import reference_files
-from ..vectors.pathology_vector import PathologyVector
-from ..vectors.reference_files import NPZ_SUFFIX, PICKLE_SUFFIXES
-from ..vectors.reference_vectors import from_vector
+from ...errors import MedSteerError
+from ...files.inside import name_parts, path_inside, shown
+from ...vectors import file as vector_file
+from ...vectors import reference_files
+from ...vectors.pathology_vector import PathologyVector
+from ...vectors.reference_files import NPZ_SUFFIX, PICKLE_SUFFIXES
+from ...vectors.reference_vectors import from_vector
 
 FOLDER, SUFFIX, UPLOADED = "medsteer", ".safetensors", "input/"
 JUDGES = "judges"  # a folder in it, see judge_folder.py
