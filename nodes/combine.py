@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..medsteer_core.host.notes import note
+from ..medsteer_core.host.canvas.notes import note
 from ..medsteer_core.pictures.summary import describe
 from ..medsteer_core.vectors.algebra import HOW, WEIGHTED, combine
 from .types import CATEGORY, Vector

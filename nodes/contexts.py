@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..medsteer_core.extraction.prompt_contexts import DEFAULT, filled
-from ..medsteer_core.host.notes import note
+from ..medsteer_core.host.canvas.notes import note
 from ..medsteer_core.host.sampling.contexts import encode_contexts
 from .types import CATEGORY
 

@@ -7,7 +7,7 @@ import json
 import torch
 from comfy_api.latest import io
 
-from ..medsteer_core.host.notes import note
+from ..medsteer_core.host.canvas.notes import note
 from ..medsteer_core.scores.images import channels_first, compare_pairs, in_words
 from .types import CATEGORY
 

@@ -9,8 +9,8 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..medsteer_core.dataset.records import COUNTERFACTUAL, RANDOM, REPROMPT, STRENGTH_ZERO
+from ..medsteer_core.host.canvas.notes import note
 from ..medsteer_core.host.folders import judges as judge_folder
-from ..medsteer_core.host.notes import note
 from ..medsteer_core.scores.images import channels_first
 from .types import CATEGORY, Vector
 
@@ -101,7 +101,7 @@ class EvaluatePairs(io.ComfyNode):
         from ..medsteer_core.evaluation.plot import evaluation_picture
         from ..medsteer_core.evaluation.report import evaluate_batches
         from ..medsteer_core.evaluation.table import in_short, text
-        from ..medsteer_core.host.progress import counter
+        from ..medsteer_core.host.canvas.progress import counter
 
         if problem := _problem(judge):
             raise MedSteerError(problem)

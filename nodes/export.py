@@ -7,9 +7,9 @@ from comfy_api.latest import io
 from ..medsteer_core.dataset.pair_dataset import BOXES, NO_BOXES, PairDataset
 from ..medsteer_core.dataset.records import ARMS, BY_CLASSES, COUNTERFACTUAL, FINDING_IN, label_problem
 from ..medsteer_core.dataset.splits import AUTO, CHOICES
+from ..medsteer_core.host.canvas.notes import note
 from ..medsteer_core.host.folders import judges as judge_folder
 from ..medsteer_core.host.folders import pairs as pair_folder
-from ..medsteer_core.host.notes import note
 from .prompts import mask_of_sampler
 from .types import CATEGORY, Record
 

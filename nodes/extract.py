@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..medsteer_core.host.canvas.notes import note
 from ..medsteer_core.host.folders import samples as sample_folder
-from ..medsteer_core.host.notes import note
 from ..medsteer_core.host.sampling import extraction
 from ..medsteer_core.host.sampling import runs as sampling
 from ..medsteer_core.pictures.summary import describe

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..medsteer_core.host.canvas.notes import note
 from ..medsteer_core.host.loading.checkpoints import AUTO, FAMILIES, WEIGHT_DTYPES, load_described, model_names
 from ..medsteer_core.host.loading.embedded import load_endophantom
-from ..medsteer_core.host.notes import note
 from .types import CATEGORY
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..medsteer_core.host.canvas.notes import note
 from ..medsteer_core.host.loading import lora
-from ..medsteer_core.host.notes import note
 from .types import CATEGORY
 
 

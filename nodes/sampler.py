@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..medsteer_core.host.notes import note
+from ..medsteer_core.host.canvas.notes import note
 from ..medsteer_core.host.sampling import counterfactual
 from ..medsteer_core.host.sampling import runs as sampling
 from .prompts import prompt_text

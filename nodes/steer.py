@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..medsteer_core.host.notes import note
+from ..medsteer_core.host.canvas.notes import note
 from ..medsteer_core.host.patching.steer import steer
 from ..medsteer_core.steering.presets import CUSTOM, PRESETS
 from ..medsteer_core.vectors.schedule import CONSTANT, CURVES

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..medsteer_core.host.canvas.notes import note
+from ..medsteer_core.host.canvas.sharing import kept_with_recipe, shown_with_recipe
 from ..medsteer_core.host.folders import reference_import
 from ..medsteer_core.host.folders import vectors as vector_folder
-from ..medsteer_core.host.notes import note
-from ..medsteer_core.host.sharing import kept_with_recipe, shown_with_recipe
 from ..medsteer_core.pictures.summary import describe
 from .types import CATEGORY, Vector
 

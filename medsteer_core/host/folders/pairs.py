@@ -13,7 +13,7 @@ from comfy.cli_args import args
 from ...dataset.records import files_of
 from ...errors import MedSteerError
 from ...files.inside import name_parts, path_inside
-from ..sharing import KEY
+from ..canvas.sharing import KEY
 
 WORKFLOW, RECORD, MARKING = "workflow and record", "record", "marking only"
 METADATA = (WORKFLOW, RECORD, MARKING)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..vectors.pathology_vector import PathologyVector
-from ..vectors.recipe import recipe
+from ...vectors.pathology_vector import PathologyVector
+from ...vectors.recipe import recipe
 from .notes import note
 
 KEY = "medsteer"
