@@ -308,9 +308,10 @@ def command_serve(arguments: argparse.Namespace) -> int:
     return 1
 
 
-def benchmarks() -> list[str]:
-    """The names that `bench` takes."""
-    return sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if not path.stem.startswith("_"))
+def benchmarks() -> dict[str, str]:
+    """The names that `bench` takes, and the module of each: every file of the rooms but what they share."""
+    found = [path for path in (ROOT / "benchmarks").glob("*/[!_]*.py") if path.parent.name != "shared"]
+    return {path.stem: f"benchmarks.{path.parent.name}.{path.stem}" for path in sorted(found, key=lambda p: p.stem)}
 
 
 def command_bench(arguments: argparse.Namespace) -> int:
@@ -318,7 +319,7 @@ def command_bench(arguments: argparse.Namespace) -> int:
         what = f"there is no benchmark {arguments.name!r}" if arguments.name else "name a benchmark"
         raise SetupError(f"{what}; those there are: {', '.join(benchmarks()) or 'none yet'}")
     made = environment("bench")
-    return run_child([made.python, "-m", f"benchmarks.{arguments.name}", *arguments.rest], made)
+    return run_child([made.python, "-m", benchmarks()[arguments.name], *arguments.rest], made)
 
 
 def parser() -> argparse.ArgumentParser:

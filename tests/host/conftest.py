@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks._probe import Probed, probed_server
+from benchmarks.shared.probe import Probed, probed_server
 from medsteer_core.run.client import ComfyClient
 from medsteer_core.run.server import ComfyServer, comfyui_from_environment, signals_as_interrupt
 

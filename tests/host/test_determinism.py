@@ -4,8 +4,8 @@ import copy
 
 import pytest
 
-from benchmarks._probe import Probed
-from benchmarks.determinism import cached_nodes, compared, fresh_run, left_by
+from benchmarks.shared.probe import Probed
+from benchmarks.trust.determinism import cached_nodes, compared, fresh_run, left_by
 from medsteer_core.run.demo import WORKFLOW, read_workflow
 
 PAIR, VECTOR = "counterfactual_pair", "extract_inspect_save"

@@ -2,7 +2,7 @@
 
 import random
 
-from benchmarks.faults import COMFYUI, DRIVER, WORKER, Trial, compared, harm
+from benchmarks.trust.faults import COMFYUI, DRIVER, WORKER, Trial, compared, harm
 
 SEEDS, CHUNK = 6, 4
 PAIRS = SEEDS * CHUNK

@@ -2,7 +2,7 @@
 
 import sys
 
-from benchmarks.imports import HEAVY, heavy_of, imported, others_of
+from benchmarks.speed.imports import HEAVY, heavy_of, imported, others_of
 
 # Drawing, scoring and judging are for when a node runs.
 LATER = {"scores.scorer", "pictures.sweep", "pictures.vector_plot", "pictures.panel",

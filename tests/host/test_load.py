@@ -3,8 +3,8 @@
 import argparse
 import time
 
-from benchmarks import load
-from benchmarks._load_clients import FINISHED, REMOVED, STOPPED, with_cancels
+from benchmarks.speed import load
+from benchmarks.speed._load_clients import FINISHED, REMOVED, STOPPED, with_cancels
 from medsteer_core.run.client import ComfyClient
 from medsteer_core.run.demo import WORKFLOW
 from medsteer_core.run.overrides import read_workflow, with_seed

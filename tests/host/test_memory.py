@@ -5,8 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from benchmarks._memory_runs import KINDS, PERIOD, CycleOfRuns, common, extraction, plain
-from benchmarks.memory import run_cycles
+from benchmarks.trust._memory_runs import KINDS, PERIOD, CycleOfRuns, common, extraction, plain
+from benchmarks.trust.memory import run_cycles
 from medsteer_core.run.workflow import WorkflowFailed, WorkflowInterrupted
 
 LIVING = ("patchers", "medsteer", "modules", "tensors")

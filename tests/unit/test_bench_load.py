@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from benchmarks import _load_clients, load
-from benchmarks._load_clients import FINISHED, LOST, REMOVED, STOPPED, Job
+from benchmarks.speed import _load_clients, load
+from benchmarks.speed._load_clients import FINISHED, LOST, REMOVED, STOPPED, Job
 from medsteer_core.run.demo import WORKFLOW
 from medsteer_core.run.overrides import read_workflow
 

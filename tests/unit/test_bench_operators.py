@@ -7,10 +7,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import _operators, _operators_numbers, _operators_plot, _operators_table, operators, schedules
-from benchmarks._operators_numbers import LEAST_SSIM, MOST_DRIFT, kept, newcombe, numbers, paired_difference, ranking
-from benchmarks._presets import PAIRS
-from benchmarks._store import Result
+from benchmarks.evidence import _operators, _operators_numbers, _operators_plot, _operators_table, operators, schedules
+from benchmarks.evidence._operators_numbers import (
+    LEAST_SSIM,
+    MOST_DRIFT,
+    kept,
+    newcombe,
+    numbers,
+    paired_difference,
+    ranking,
+)
+from benchmarks.evidence._store import Result
+from benchmarks.shared.presets import PAIRS
 from medsteer_core.errors import MedSteerError
 from medsteer_core.extraction.samples_record import SampleRecord
 from medsteer_core.scores.scorer import PairScore

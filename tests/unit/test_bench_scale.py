@@ -1,6 +1,6 @@
 """The short form of `python dev.py bench scale`: stub workers that only sleep, two at a time."""
 
-from benchmarks.scale import naps
+from benchmarks.speed.scale import naps
 
 
 def test_stub_workers_do_every_task_once_and_the_time_slept_is_counted():

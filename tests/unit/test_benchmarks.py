@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from benchmarks import _shared, classes, pair
+from benchmarks.evidence import classes, pair
+from benchmarks.shared import command as _shared
 from medsteer_core.errors import MedSteerError
 from medsteer_core.run.demo import WORKFLOW
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torchmetrics.functional.classification import binary_auroc
 
-from benchmarks import _arms, _bootstrap, _detectors, downstream
-from benchmarks._arms import ARMS, COUNTERFACTUAL, NOTHING, REPROMPTED, TRUE, Generated, Labelled
-from benchmarks._presets import OURS
+from benchmarks.evidence import _arms, _detectors, downstream
+from benchmarks.evidence._arms import ARMS, COUNTERFACTUAL, NOTHING, REPROMPTED, TRUE, Generated, Labelled
+from benchmarks.shared import bootstrap as _bootstrap
+from benchmarks.shared.presets import OURS
 from medsteer_core.endophantom.phantom import Anatomy, render
 
 QUICK = _detectors.Recipe(steps=40, batch=8, learning_rate=3e-3, weight_decay=0.0)

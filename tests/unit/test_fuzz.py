@@ -15,10 +15,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from benchmarks import fuzz
-from benchmarks._fuzz_guard import Guard
-from benchmarks._fuzz_targets import TARGETS
-from benchmarks._fuzz_worker import Range
+from benchmarks.trust import fuzz
+from benchmarks.trust._fuzz_guard import Guard
+from benchmarks.trust._fuzz_targets import TARGETS
+from benchmarks.trust._fuzz_worker import Range
 from medsteer_core.endophantom.text import VOCABULARY, tokenize
 from medsteer_core.errors import MedSteerError
 from medsteer_core.pictures.sweep import sweep
@@ -122,7 +122,7 @@ def test_the_guard_takes_reading_of_the_file_itself(tmp_path):
 
 
 def test_other_errors_long_messages_and_long_times_are_failures(tmp_path, monkeypatch):
-    monkeypatch.setattr("benchmarks._fuzz_worker.SECONDS_LIMIT", -1.0)
+    monkeypatch.setattr("benchmarks.trust._fuzz_worker.SECONDS_LIMIT", -1.0)
 
     def read(data):
         if data == b"error":

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from benchmarks import determinism, imports, memory
-from benchmarks._memory_runs import KINDS, PERIOD
-from benchmarks._slope import slope_of
+from benchmarks.speed import imports
+from benchmarks.trust import determinism, memory
+from benchmarks.trust._memory_runs import KINDS, PERIOD
+from benchmarks.trust._slope import slope_of
 
 NOISE = np.random.default_rng(1).normal(size=200)
 LEVELS = np.tile(np.arange(PERIOD) * 1000.0, 20)  # every kind of run has a level of its own

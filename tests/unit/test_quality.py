@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import _baselines, _curves, _methods, _presets, _sheet, _store, quality
-from benchmarks._presets import PAIRS, Pair, Preset, Presets
+from benchmarks.evidence import _baselines, _curves, _methods, _store, quality
+from benchmarks.shared import presets as _presets
+from benchmarks.shared import sheet as _sheet
+from benchmarks.shared.presets import PAIRS, Pair, Preset, Presets
 from medsteer_core.errors import MedSteerError
 from medsteer_core.scores.scorer import PairScore
 from medsteer_core.vectors.pathology_vector import PathologyVector, SiteDirections

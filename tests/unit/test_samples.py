@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import _presets, _samples_plot, _stability, samples
-from benchmarks._presets import PAIRS, Presets
-from benchmarks._stability import NOISES
-from benchmarks.samples import COUNTS, DEFAULT_PAIRS, Bench, Extraction
+from benchmarks.evidence import _samples_plot, _stability, samples
+from benchmarks.evidence._stability import NOISES
+from benchmarks.evidence.samples import COUNTS, DEFAULT_PAIRS, Bench, Extraction
+from benchmarks.shared import presets as _presets
+from benchmarks.shared.presets import PAIRS, Presets
 from medsteer_core.errors import MedSteerError
 from medsteer_core.scores.scorer import PairScore
 from medsteer_core.vectors.pathology_vector import PathologyVector, SiteDirections

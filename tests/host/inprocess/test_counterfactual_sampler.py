@@ -25,7 +25,7 @@ from medsteer_pack.medsteer_core.steering.token_map import (
 from medsteer_pack.medsteer_core.vectors.schedule import SigmaWindow
 from medsteer_pack.nodes.sampler import CounterfactualSampler
 
-from benchmarks.paired import rows_of
+from benchmarks.speed.paired import rows_of
 
 DETERMINISTIC = ["euler", "heun", "dpm_2", "lms", "dpmpp_2m", "uni_pc", "ipndm", "deis", "res_multistep", "ddim"]
 STOCHASTIC = ["euler_ancestral", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_sde_gpu", "dpmpp_2m_sde",

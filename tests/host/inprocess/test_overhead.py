@@ -21,7 +21,7 @@ from medsteer_pack.medsteer_core.steering import prepared as prepared_steering
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import overhead
+from benchmarks.speed import overhead
 
 POSITIVE, NEGATIVE = tiny.cond(1), tiny.cond(2)
 # Kernels that wait for the device, cast, or go to another device; on a GPU a mask of bools as an index waits as well.

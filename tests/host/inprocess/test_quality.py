@@ -9,11 +9,12 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import _presets, quality
-from benchmarks._lab import Lab, comfyui_version
-from benchmarks._methods import methods
-from benchmarks._presets import PAIRS, Pair, Presets
-from benchmarks._store import Store
+from benchmarks.evidence import quality
+from benchmarks.evidence._methods import methods
+from benchmarks.evidence._store import Store
+from benchmarks.shared import presets as _presets
+from benchmarks.shared.lab import Lab, comfyui_version
+from benchmarks.shared.presets import PAIRS, Pair, Presets
 from medsteer_core.errors import MedSteerError
 from medsteer_core.vectors.pathology_vector import PathologyVector
 

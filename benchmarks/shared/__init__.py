@@ -1,0 +1,1 @@
+"""What benchmarks share: their command lines, records, models, pictures, and ComfyUI's probe."""

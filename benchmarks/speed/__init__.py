@@ -1,0 +1,1 @@
+"""What it costs: seconds, rows, memory, imports and clients, as ratios in one run."""

@@ -1,0 +1,1 @@
+"""Can it be relied on: the same bytes, faults, hostile files, flat memory."""
