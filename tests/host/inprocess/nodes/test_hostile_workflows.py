@@ -36,7 +36,7 @@ NAMES = [
 ]  # fmt: skip
 SUFFIXES = ["", ".safetensors", ".pickle", ".npz"]
 NO_TEXTS = [None, 5, {"a": 1}, ["1", 0], True]
-PACK = Path(__file__).resolve().parents[3]
+PACK = Path(__file__).resolve().parents[4]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-FOLDER = Path(__file__).resolve().parents[2] / "example_workflows"
+FOLDER = Path(__file__).resolve().parents[3] / "example_workflows"
 TEMPLATES = sorted(FOLDER.glob("*.json"))
 TITLE, SLOT, REACH = 30, 20, 80  # pixels: a title bar, the distance of slots, how far a way point bends its link
 NOTES = {"Note", "MarkdownNote"}

@@ -22,7 +22,7 @@ from medsteer_core.dataset.png import XMP_KEY, image_png, in_levels, mask_png
 from medsteer_core.dataset.records import METADATA, SYNTHETIC, metadata_of
 from medsteer_core.errors import MedSteerError
 
-DOC = Path(__file__).parents[2] / "docs" / "dataset.md"
+DOC = Path(__file__).parents[3] / "docs" / "dataset.md"
 SQUARES = [(3, 4, 10, 6), (20, 18, 5, 9)]
 SPLITS = ["train", "train", "validation", "train", "test", "validation"]
 

@@ -186,7 +186,7 @@ def test_the_status_of_test_is_bad_when_any_part_is(dev, ruff, tests, status):
 def test_unit_host_and_browser_tests_run_apart_unless_paths_are_named(dev):
     assert dev.suites(["-k", "steer"]) == [["tests/unit"], ["tests/host"], ["tests/browser"]]
     assert dev.suites(["-k", "steer"], browser=False) == [["tests/unit"], ["tests/host"]]
-    assert dev.suites(["tests/unit/test_dev.py::test_x"]) == [[]]
+    assert dev.suites(["tests/unit/repository/test_dev.py::test_x"]) == [[]]
 
 
 @pytest.fixture
