@@ -242,8 +242,7 @@ def _beside(site: SiteDirections, weights: Tensor, deviations: Tensor) -> SiteDi
 
 def _random_direction(lab: Lab, vectors: Vectors, pair: Pair, preset: Preset) -> Method:
     def run(chunk: Chunk, strength: float) -> Tensor:
-        from medsteer_core.host.patching import patch
-        from medsteer_core.host.sampling import runs as sampling
+        from medsteer_core.host.patching import levels, patch
         from medsteer_core.steering.plan import Steering
 
         result = torch.empty_like(chunk.latents)
@@ -251,7 +250,7 @@ def _random_direction(lab: Lab, vectors: Vectors, pair: Pair, preset: Preset) ->
             mine = [place for place, seed in enumerate(chunk.seeds) if seed % _presets.DRAWS == draw]
             if mine:
                 vector = vectors.random_vector(pair, preset.noise, preset.samples, draw)
-                window = sampling.window(lab.model, preset.start, preset.end)
+                window = levels.window(lab.model, preset.start, preset.end)
                 steering = Steering(vector, PushElsewhere(strength), window, vector.site_names, preset.rows)
                 model = patch.steered(lab.model, steering)
                 result[mine] = lab.sample(model, lab.prompt(pair.source), chunk.noise[mine])

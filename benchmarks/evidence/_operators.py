@@ -200,9 +200,9 @@ class LateRuns:
 
     def first_step(self, preset: Preset) -> int:
         """The first step that falls into the preset's window."""
-        from medsteer_core.host.sampling import runs as sampling
+        from medsteer_core.host.patching.levels import window as window_of
 
-        window = sampling.window(self.lab.model, preset.start, preset.end)
+        window = window_of(self.lab.model, preset.start, preset.end)
         levels = self.lab.schedule.sigmas[:-1].tolist()
         return next(step for step, sigma in enumerate(levels) if sigma <= window.start_sigma)
 

@@ -9,8 +9,8 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.evidence._store import Result
+from medsteer_core.intervals import wilson
 from medsteer_core.scores import scorer as evaluate
-from medsteer_core.scores.intervals import wilson
 from medsteer_core.scores.scorer import PairScore
 
 # A flip is clean when the rest of the image stayed. SSIM outside a focal finding: what renders of one anatomy as both

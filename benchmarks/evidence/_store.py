@@ -26,12 +26,13 @@ from benchmarks.shared import presets as _presets
 from benchmarks.shared.lab import Lab
 from benchmarks.shared.presets import Pair
 from medsteer_core.endophantom.bundle import Bundle
+from medsteer_core.files.same_bytes import canonical_json
 from medsteer_core.files.whole_file import write_whole
 from medsteer_core.pictures.difference import png
 from medsteer_core.run.demo import ROOT
 from medsteer_core.scores.scorer import PairScore, score_pairs
 from medsteer_core.vectors import file as vector_file
-from medsteer_core.vectors.pathology_vector import PathologyVector, canonical_json
+from medsteer_core.vectors.pathology_vector import PathologyVector
 
 FACTUAL = "factual"
 # Code that decides what images are made, what steering makes of them, and how they are scored.

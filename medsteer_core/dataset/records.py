@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..errors import MedSteerError
-from ..vectors.pathology_vector import canonical_json
+from ..files.same_bytes import canonical_json
 
 Lines = Iterable[Mapping[str, Any]]  # of metadata (see `metadata_of`), which can be gone through several times
 SYNTHETIC = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 
 from ..dataset.records import ARMS, COUNTERFACTUAL, RANDOM, REPROMPT, STRENGTH_ZERO
 from ..errors import MedSteerError
+from ..intervals import bootstrap
 from ..judges.judge import Judge
 from ..scores.images import mean
-from ..scores.intervals import bootstrap
 from ..scores.lpips import load_lpips
 from ..scores.pair import PairScore, rounded, structure_measure
 from ..scores.scorer import score_pairs, summarise

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..errors import MedSteerError
 from ..vectors.pathology_vector import PathologyVector, SiteDirections
+from ..vectors.site_algebra import nearest
 from .capture import SigmaStatistics
 
 # Below this share of the activation's own length a difference of means is rounding.
@@ -94,13 +95,6 @@ def _site_directions(present: SigmaStatistics, absent: SigmaStatistics, usable: 
         projections=(means * directions[:, None]).sum(dim=-1, keepdim=True).float(),
         spreads=torch.stack([present.variance, absent.variance], dim=1).sqrt(),
     )
-
-
-def nearest(usable: Tensor) -> Tensor:
-    """(S,) int: for each step the usable step closest to it, itself where it is usable; of two the noisier one."""
-    candidates = usable.nonzero().squeeze(-1)
-    distance = (torch.arange(len(usable))[:, None] - candidates).abs()
-    return candidates[distance.argmin(dim=1)]
 
 
 def observations(statistics: Statistics) -> int:

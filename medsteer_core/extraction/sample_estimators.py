@@ -13,10 +13,11 @@ from torch import Tensor
 
 from ..errors import MedSteerError
 from ..vectors.pathology_vector import PathologyVector, SiteDirections
+from ..vectors.site_algebra import nearest
 from . import estimators
 from .axes import AXES, mean_axis, within_class
 from .capture import SigmaStatistics
-from .estimators import assemble, check_match, nearest
+from .estimators import assemble, check_match
 from .samples_record import SampleRecord
 from .shrinkage import shrinkage
 

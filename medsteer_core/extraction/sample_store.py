@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..vectors.pathology_vector import canonical_json
+from ..files.same_bytes import canonical_json
 
 FORMAT = "medsteer-samples-1"
 SUFFIX = ".safetensors"

@@ -25,7 +25,7 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 
 from ..errors import MedSteerError, needs
-from ..scores.intervals import wilson
+from ..intervals import wilson
 from .data import PARTS, Listed, Pictures, Split, augmented, listed, pixels, split
 from .files import FileJudge, load_judge
 from .fit import Fitted, Recipe, fit

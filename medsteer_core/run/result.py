@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from .workflow import Workflow, node_title
 
-if TYPE_CHECKING:
-    from .client import ComfyClient
+
+class Files(Protocol):
+    """Where a run's files are fetched: a client of its server."""
+
+    def view(self, filename: str, subfolder: str = "", type: str = "output") -> bytes: ...
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Result:
     outputs: Mapping[str, Mapping[str, list]]
     seconds: float
     node_seconds: Mapping[str, float]
-    client: ComfyClient = field(repr=False, compare=False)
+    client: Files = field(repr=False, compare=False)
 
     def output(self, title: str) -> Mapping[str, list]:
         """The output of the node with this title (or class); KeyError when no such node left one."""

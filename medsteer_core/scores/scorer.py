@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from ..errors import MedSteerError
+from ..intervals import bootstrap, wilson
 from ..judges.judge import Judge, Terms
 from .images import checked_pair, mean
-from .intervals import bootstrap, wilson
 from .pair import (
     CRITERIA,
     DIFFUSE,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,11 +12,9 @@ from torch import Tensor
 from ..errors import MedSteerError
 from ..vectors.pathology_vector import StepDirection
 from .operators import Operator
+from .plan import Steering, SteeringPlan
 from .rows import ALL_ROWS, RowRanges, masks_of, parts_of, steer_parts
 from .token_map import token_weights
-
-if TYPE_CHECKING:
-    from .plan import Steering, SteeringPlan
 
 RowNames = Mapping[str, RowRanges] | Callable[[str], RowRanges]
 # What acts at one site, in the plan's order: (index of the steering, operator, step).

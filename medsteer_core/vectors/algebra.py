@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from ..errors import MedSteerError
-from ..extraction.estimators import nearest
 from .combined_facts import CLASS_FIELDS, combined_facts, label
 from .match import check_match, on_schedule
 from .pathology_vector import PathologyVector, SiteDirections
-from .site_algebra import class_means, displacement, joined, orthonormal, scaled, without
+from .site_algebra import class_means, displacement, joined, nearest, orthonormal, scaled, without
 
 # Below this share of what went in, what is left after subtracting is rounding of float32 directions.
 CANCELLED = 1e-4

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ..errors import MedSteerError
 from ..files.inside import shown
-from ..files.same_bytes import to_bytes
+from ..files.same_bytes import canonical_json, to_bytes
 from ..files.whole_file import write_whole
-from .pathology_vector import READER_FIELDS, SITE_FIELDS, PathologyVector, SiteDirections, canonical_json
+from .pathology_vector import READER_FIELDS, SITE_FIELDS, PathologyVector, SiteDirections
 from .provenance import check_provenance
 
 LONGEST_NAME = 200  # characters of a site

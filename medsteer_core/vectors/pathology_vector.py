@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import MedSteerError
+from ..files.same_bytes import canonical_json
 from .schedule import interpolate_index
 
 UNIT_TOLERANCE = 1e-3
@@ -186,18 +187,6 @@ class PathologyVector:
                 f"'{self.site_names[-1]}'. Use a vector that was extracted from this model."
             )
         return self.sites[name]
-
-
-def canonical_json(value: Any) -> str:
-    """`value` as JSON that is the same for equal values. Raises MedSteerError for what JSON can't hold."""
-    try:
-        # Read back once: only then are keys such as 1 and "1" sorted as the strings they become.
-        plain = json.loads(json.dumps(value, allow_nan=False))
-        return json.dumps(plain, sort_keys=True, separators=(",", ":"))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise MedSteerError(
-            f"A vector's provenance must be JSON (text, finite numbers, true/false, null, lists, dicts): {error}"
-        ) from error
 
 
 def _update(digest: Any, data: bytes) -> None:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from ..errors import MedSteerError
-from ..extraction.estimators import nearest
 from .pathology_vector import UNIT_TOLERANCE, PathologyVector, SiteDirections
 from .reference_files import NPZ_FORMAT, ReferenceField
+from .site_algebra import nearest
 
 ZERO_LENGTH = 1e-6  # a direction shorter than this is none
 UNKNOWN = ("gaps", "centres", "projections", "spreads")  # zeros in a vector whose provenance names them as unknown

@@ -83,3 +83,10 @@ def without(sites: Mapping[str, SiteDirections], unknown: set[str] | Sequence[st
         return SiteDirections(**{n: torch.zeros_like(v) if n in unknown else v for n, v in values.items()})
 
     return {name: cleared(site) for name, site in sites.items()}
+
+
+def nearest(usable: Tensor) -> Tensor:
+    """(S,) int: for each step the usable step closest to it, itself where it is usable; of two the noisier one."""
+    candidates = usable.nonzero().squeeze(-1)
+    distance = (torch.arange(len(usable))[:, None] - candidates).abs()
+    return candidates[distance.argmin(dim=1)]

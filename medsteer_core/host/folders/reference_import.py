@@ -10,6 +10,7 @@ from ...errors import MedSteerError
 from ...vectors import reference_files
 from ...vectors.pathology_vector import PathologyVector
 from ...vectors.reference_vectors import to_vector
+from ..patching.levels import is_flow
 from ..patching.sites import find_sites, output_width
 from ..sampling import runs as sampling
 from . import vectors as vector_folder
@@ -28,7 +29,7 @@ def import_vector(
     field = reference_files.read(vector_folder.find_reference(file_name))
     levels, made_at = _levels(model, schedule, steps, sigmas)
     widths = {name: output_width(site) for name, site in find_sites(model.model.diffusion_model).items()}
-    return to_vector(field, widths, levels, made_at, sampling.is_flow(model))
+    return to_vector(field, widths, levels, made_at, is_flow(model))
 
 
 def _levels(model: ModelPatcher, schedule: str, steps: int, sigmas: Tensor | None) -> tuple[Tensor, str]:
@@ -37,7 +38,7 @@ def _levels(model: ModelPatcher, schedule: str, steps: int, sigmas: Tensor | Non
         return sigmas[:-1].float().cpu(), "the sigmas input"
     if schedule != PIXART_SCHEDULE:
         return sampling.schedule(model, steps, "euler", schedule).sigmas[:-1], f"{schedule}, {steps} steps"
-    if sampling.is_flow(model):
+    if is_flow(model):
         raise MedSteerError(
             f"schedule is '{PIXART_SCHEDULE}', and this model is a flow model, whose noise levels are others. Choose "
             "the scheduler that the file was made with, or connect its sigmas."

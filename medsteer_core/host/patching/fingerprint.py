@@ -9,6 +9,8 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
+from ...vectors.pathology_vector import PathologyVector
+
 SAMPLES = 32
 
 
@@ -34,6 +36,16 @@ def fingerprint(model: ModelPatcher) -> dict[str, Any]:
     # A subclass made by this pack counts as the class it extends.
     name = next((c.__name__ for c in network.__mro__ if c.__module__.startswith("comfy.")), network.__name__)
     return {"architecture": name, "weights": weights.hexdigest(), "patches": patches.hexdigest() if patched else ""}
+
+
+def differs(vector: PathologyVector, model: ModelPatcher) -> str:
+    """Why a vector's model is not this one; "" when it is, or when the vector does not say."""
+    made_with, here = vector.provenance.get("model"), fingerprint(model)
+    if not isinstance(made_with, dict) or made_with == here:
+        return ""
+    if made_with.get("weights") != here["weights"]:
+        return "the vector was extracted from other weights of this architecture"
+    return "the vector was extracted with other LoRAs on this model"
 
 
 def _update(digest: Any, value: Any) -> None:

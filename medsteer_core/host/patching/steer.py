@@ -18,9 +18,9 @@ from ...steering.presets import CUSTOM, find_preset, scaled_sites
 from ...steering.selection import has_auto, select_sites
 from ...vectors.pathology_vector import PathologyVector
 from ...vectors.schedule import CONSTANT
-from ..sampling.extraction import differs
-from ..sampling.runs import curve as sampling_curve
-from ..sampling.runs import window
+from .fingerprint import differs
+from .levels import curve as curve_over
+from .levels import window
 from .patch import steered
 from .sites import find_sites
 
@@ -61,7 +61,7 @@ def steer(
         rows.strip(),
         target if acting.needs_target else None,
         mask[None] if mask is not None and mask.ndim == 2 else mask,
-        sampling_curve(model, curve, start_percent, end_percent),
+        curve_over(model, curve, start_percent, end_percent),
     )
     result = steered(model, steering)
     note += f"{operator} at {len(chosen)} of {len(vector.site_names)} sites, rows {steering.rows}"

@@ -1,7 +1,8 @@
-"""A prompt in several contexts: one CONDITIONING that holds each of them, marked, so that an extraction can average."""
+"""Prompts as CONDITIONINGs: what is known of one, and one that holds several contexts, marked, for an extraction."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,6 +38,16 @@ def context_texts(conditioning: list) -> list[str]:
     """The texts of the contexts; [] where there are none."""
     texts = {_mark(entry): entry[1].get(TEXT) for entry in conditioning if _mark(entry) is not None}
     return [texts[mark] for mark in sorted(texts)]
+
+
+def prompt_of(conditioning: list) -> dict[str, Any]:
+    """What is known of a conditioning itself: its shapes and a hash."""
+    tensors = [entry[0] for entry in conditioning]
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    facts = {"shapes": [list(tensor.shape) for tensor in tensors], "sha256": digest.hexdigest()}
+    return {**facts, "contexts": texts} if (texts := context_texts(conditioning)) else facts
 
 
 def _mark(entry: Any) -> int | None:

@@ -7,8 +7,8 @@ starts the blocks are equal, so only the first is evaluated; from there on all a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
@@ -26,37 +26,9 @@ from ...steering.plan import SteeringPlan
 from ...steering.token_map import TokenChange, mask_for_latent, threshold_mask
 from ..patching.patch import in_blocks, plan_of, with_blocks
 from .pair_record import lock_of, records_of
+from .pair_request import CONCEPT, LOCKS, OPEN, USER, PairRequest
 from .paired_conds import fit_to_block
 from .paired_noise import BlockSampler, check_pairable
-from .runs import Schedule
-
-OPEN, CONCEPT, USER = "none", "concept map", "user"
-LOCKS = (OPEN, CONCEPT)
-
-
-@dataclass(frozen=True, eq=False)
-class PairRequest:
-    """What Counterfactual Sampler was asked for.
-
-    latent: a LATENT of B images; noise: a NOISE of ComfyUI's, in the place of the seed's
-    multiples: one counterfactual for each, times the strengths that Steer set
-    mask: (1 or B, H, W), where the image may change, before `lock`; threshold, dilation: for lock `CONCEPT`, the
-    share of the map's largest value, and latent pixels
-    """
-
-    positive: list
-    negative: list
-    latent: dict
-    seed: int
-    cfg: float
-    schedule: Schedule
-    multiples: Sequence[float] = (1.0,)
-    mask: Tensor | None = None
-    lock: str = OPEN
-    threshold: float = 0.2
-    dilation: int = 1
-    noise: Any = None
-    texts: Mapping[str, str | None] = field(default_factory=dict)  # of positive and negative, where known
 
 
 @dataclass(frozen=True, eq=False)

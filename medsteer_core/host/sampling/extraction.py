@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import comfyui_version
@@ -19,42 +18,21 @@ from ...extraction.estimators import mean_difference
 from ...extraction.sample_estimators import ESTIMATORS, NEEDS_PAIRS, estimate
 from ...extraction.sample_report import KEY as REPORT
 from ...extraction.sample_report import LEAST_SAMPLES, separability_facts
-from ...extraction.sample_store import SampleStore
 from ...extraction.sample_watch import SampleWatch
 from ...extraction.token_pairs import SIDES, PairedActivations, pairs_that_fit
 from ...vectors.pathology_vector import PathologyVector
 from ..patching.fingerprint import fingerprint
+from ..patching.levels import is_flow
 from ..patching.patch import observed, plan_of
 from ..patching.sites import find_sites, output_width
 from . import runs as sampling
-from .contexts import TEXT, context_texts, contexts_of
+from .contexts import TEXT, context_texts, contexts_of, prompt_of
+from .extraction_request import MEAN_DIFFERENCE, PAIRED, SAME_STATE, UNPAIRED, Request
 from .gathering import Batch, Gathering
-from .runs import Schedule
 
-PAIRED, UNPAIRED, SAME_STATE = "paired", "unpaired", "same state"
-MEAN_DIFFERENCE = "mean difference"
 ESTIMATOR_NAMES = [name.replace("_", " ") for name in ESTIMATORS]
 NEEDS_VARIATION = ("lda", "leace")
 UNKNOWN_WIDTH = 4096  # what a site is reckoned with whose class does not say its width
-
-
-@dataclass(frozen=True, eq=False)
-class Request:
-    """What Extract Pathology Vector was asked for. ``present``, ``absent``, ``negative`` are CONDITIONINGs."""
-
-    present: list
-    absent: list
-    negative: list
-    latent: dict
-    samples: int
-    seed: int
-    cfg: float
-    noise: str
-    schedule: Schedule
-    texts: Mapping[str, str | None] = field(default_factory=dict)  # the prompts' texts, where known
-    rank: int = 8  # directions a site and step, with noise "same state"; otherwise there is one
-    estimator: str = MEAN_DIFFERENCE  # one of ESTIMATOR_NAMES
-    store: SampleStore | None = None  # where samples are kept, so that they need not be sampled again
 
 
 def extract(model: ModelPatcher, request: Request, tell: Callable[[str], None] = lambda text: None) -> PathologyVector:
@@ -96,7 +74,7 @@ def extract(model: ModelPatcher, request: Request, tell: Callable[[str], None] =
     gathering = Gathering(model, request, 2 * request.samples, tell)
     present, absent = (_watch(gathering, side, images) for side, images in images_of.items())
     provenance = _provenance(model, request, *images_of.values())
-    return _estimated(request, present, absent, provenance, sampling.is_flow(model))
+    return _estimated(request, present, absent, provenance, is_flow(model))
 
 
 def _check_estimator(request: Request) -> None:
@@ -192,7 +170,7 @@ def _extract_same_state(model: ModelPatcher, request: Request, tell: Callable[[s
             gathering.sample(images_of[followed], done, runner(followed, beside))
     means = [seen.statistics(side) for side in SIDES]
     provenance = _provenance(model, request, *images_of.values())
-    return affine_map(seen.pairs(), *means, request.rank, provenance, flow=sampling.is_flow(model))
+    return affine_map(seen.pairs(), *means, request.rank, provenance, flow=is_flow(model))
 
 
 def _provenance(model: ModelPatcher, request: Request, present: range, absent: range) -> dict[str, Any]:
@@ -227,16 +205,6 @@ def _numbers(images: range) -> list[int]:
     return [images.start, images.stop] if images.step == 1 else [images.start, images.stop, images.step]
 
 
-def prompt_of(conditioning: list) -> dict[str, Any]:
-    """What is known of a conditioning itself: its shapes and a hash."""
-    tensors = [entry[0] for entry in conditioning]
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    facts = {"shapes": [list(tensor.shape) for tensor in tensors], "sha256": digest.hexdigest()}
-    return {**facts, "contexts": texts} if (texts := context_texts(conditioning)) else facts
-
-
 def _same(one: list, other: list) -> bool:
     """Whether two conditionings are surely equal. With unpaired noise they would still give a direction: of noise."""
 
@@ -251,13 +219,3 @@ def _same(one: list, other: list) -> bool:
         and all(equal(a[1][key], b[1][key]) for key in a[1] if key != TEXT)
         for a, b in zip(one, other, strict=True)
     )
-
-
-def differs(vector: PathologyVector, model: ModelPatcher) -> str:
-    """Why a vector's model is not this one; "" when it is, or when the vector does not say."""
-    made_with, here = vector.provenance.get("model"), fingerprint(model)
-    if not isinstance(made_with, dict) or made_with == here:
-        return ""
-    if made_with.get("weights") != here["weights"]:
-        return "the vector was extracted from other weights of this architecture"
-    return "the vector was extracted with other LoRAs on this model"

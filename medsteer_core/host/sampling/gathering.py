@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import comfy.utils
 import latent_preview
@@ -17,10 +17,8 @@ from ...errors import MedSteerError
 from ...extraction.sample_store import Checkpoint, State
 from . import runs as sampling
 from .contexts import contexts_of
+from .extraction_request import SAME_STATE, Request
 from .run_facts import Indescribable, model_facts, plain, schedule_facts
-
-if TYPE_CHECKING:
-    from .extraction import Request
 
 SEEDS = (1 << 64) - 1  # stochastic samplers on the CPU add 1, and torch takes nothing from 2**64 on
 
@@ -105,7 +103,7 @@ class Gathering:
             return None
         try:
             facts = {
-                "kind": "same state" if len(prompts) > 1 else "one prompt",
+                "kind": SAME_STATE if len(prompts) > 1 else "one prompt",
                 "prompts": plain(prompts),
                 "noise": [request.seed, images.start, images.step, list(self._latent.shape)],
                 **self._shared_facts,
@@ -163,7 +161,7 @@ def _count_contexts(request: Request) -> int:
         raise MedSteerError(
             "'negative' comes in several contexts; one prompt was expected. Encode it with CLIP Text Encode."
         )
-    least = count if request.noise != "same state" else 2 * count
+    least = count if request.noise != SAME_STATE else 2 * count
     if count > 1 and request.samples < least:
         raise MedSteerError(
             f"samples is {request.samples} for {count} contexts; at least {least} were expected, so that every context "

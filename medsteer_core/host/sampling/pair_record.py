@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import comfyui_version
 import torch
@@ -19,12 +19,10 @@ from ...vectors.pathology_vector import PathologyVector
 from ...vectors.recipe import recipe
 from ..patching.fingerprint import fingerprint
 from ..patching.patch import KEY
-from .extraction import prompt_of
+from .contexts import prompt_of
+from .pair_request import PairRequest
 from .paired_noise import takes_noise
 from .run_facts import Indescribable, plain
-
-if TYPE_CHECKING:
-    from .counterfactual import PairRequest
 
 BY_SEED = "seed"
 # What a model's options and wrappers hold of this pack's own.

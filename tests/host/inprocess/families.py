@@ -20,6 +20,7 @@ from comfy.ldm.anima.model import LLMAdapter
 from comfy.model_patcher import ModelPatcher
 from comfy.nested_tensor import NestedTensor
 from comfy.ops import disable_weight_init
+from medsteer_pack.medsteer_core.host.patching import levels
 from medsteer_pack.medsteer_core.host.patching.fingerprint import fingerprint
 from medsteer_pack.medsteer_core.host.patching.sites import find_sites, output_width
 from medsteer_pack.medsteer_core.host.sampling import runs as sampling
@@ -255,7 +256,7 @@ def vector(model: ModelPatcher, steps: int = 4, seed: int = 0) -> PathologyVecto
         return SiteDirections(directions, gaps, centres, torch.stack([gaps, -gaps], 1) / 2, torch.ones(steps, 2))
 
     sites = find_sites(model.model.diffusion_model)
-    flow = sampling.is_flow(model)
+    flow = levels.is_flow(model)
     values = {name: site(output_width(module)) for name, module in sites.items()}
     return PathologyVector(values, sigmas, {"model": fingerprint(model)}, flow)
 

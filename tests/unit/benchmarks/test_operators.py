@@ -258,7 +258,7 @@ def test_gaps_count_as_well_as_directions():
 def test_a_late_run_begins_where_steering_does(start, step, monkeypatch):
     levels = [float(20 - place) for place in range(20)] + [0.0]
     fake = SimpleNamespace(window=lambda _model, begin, _end: SimpleNamespace(start_sigma=levels[round(19 * begin)]))
-    monkeypatch.setitem(__import__("sys").modules, "medsteer_core.host.sampling", SimpleNamespace(runs=fake))
+    monkeypatch.setitem(__import__("sys").modules, "medsteer_core.host.patching.levels", fake)
     lab = SimpleNamespace(model=None, schedule=SimpleNamespace(sigmas=torch.tensor(levels)))
     runs, preset = _operators.LateRuns(lab), SimpleNamespace(start=start, end=1.0)
     assert runs.first_step(preset) == step and runs.share(preset) == 1 - step / 20

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from medsteer_core.errors import MedSteerError
-from medsteer_core.vectors.pathology_vector import PathologyVector, SiteDirections, canonical_json
+from medsteer_core.files.same_bytes import canonical_json
+from medsteer_core.vectors.pathology_vector import PathologyVector, SiteDirections
 
 
 def site(angles, rank=1, channels=4, gaps=None):

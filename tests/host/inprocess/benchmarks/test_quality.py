@@ -115,18 +115,18 @@ def test_a_wrong_vector_fails_the_thresholds(measure, lab, folder, tmp_path, cha
 def test_a_dropped_hook_is_an_error_and_without_that_check_fails_the_thresholds(
     measure, lab, folder, presets, tmp_path, monkeypatch
 ):
-    from medsteer_core.host.patching import patch
+    from medsteer_core.host.patching import calls
 
     good = Store(lab, folder, comfyui_version())
     good.vector(PAIR, presets.medsteer.noise, SAMPLES)  # made before, since extraction needs the hooks
     store = BrokenStore(lab, tmp_path, good, unchanged)
-    monkeypatch.setattr(patch, "_hooks", lambda sites, visit: nullcontext())
+    monkeypatch.setattr(calls, "hooks", lambda sites, visit: nullcontext())
     with pytest.raises(MedSteerError, match="There is no concept map: the steering changes nothing here"):
         measure("ours", store)
     unlocked = replace(presets, ours={"removing": replace(presets.ours["removing"], lock="none")})
     with pytest.raises(MedSteerError, match="changed nothing"):
         measure("ours", store, unlocked)
-    monkeypatch.setattr(patch, "_check_touched", lambda run, result: None)
+    monkeypatch.setattr(calls, "check_touched", lambda run, result: None)
     record = measure("ours", store, unlocked)
     assert not is_good(record), record
     assert record["flip"] == 0.0

@@ -11,7 +11,7 @@ import torch
 from medsteer_pack.medsteer_core.checkpoints.pixart_sigmas import PIXART_SCHEDULE, pixart_sigmas, pixart_timesteps
 from medsteer_pack.medsteer_core.errors import MedSteerError
 from medsteer_pack.medsteer_core.host.folders import vectors as vector_folder
-from medsteer_pack.medsteer_core.host.patching import patch
+from medsteer_pack.medsteer_core.host.patching import levels, patch
 from medsteer_pack.medsteer_core.host.sampling import runs as sampling
 from medsteer_pack.nodes.schedule import PixArtSigmas
 from medsteer_pack.nodes.steer import Steer
@@ -268,7 +268,7 @@ def test_a_preset_replaces_operator_sites_and_rows_and_leaves_the_window(
     steering = steering_of(model)
     assert steering.operator.to_dict() == {"name": "suppress", "strength": strength, "keep_norm": keep_norm}
     assert (steering.rows, steering.sites) == (rows, tuple(f"blocks.{block}.cross_attn.proj" for block in blocks))
-    assert steering.window == sampling.window(pixart, 0.2, 0.9)
+    assert steering.window == levels.window(pixart, 0.2, 0.9)
     assert f"{preset} in place of operator, sites and rows: suppress, strength {strength:g}" in text
     assert f"suppress at {len(blocks)} of 3 sites, rows {rows}" in text
 

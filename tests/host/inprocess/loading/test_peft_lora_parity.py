@@ -19,7 +19,7 @@ import torch
 from medsteer_pack.medsteer_core.checkpoints import peft_lora
 from medsteer_pack.medsteer_core.errors import MedSteerError
 from medsteer_pack.medsteer_core.host.loading import lora
-from medsteer_pack.medsteer_core.host.patching.fingerprint import fingerprint
+from medsteer_pack.medsteer_core.host.patching.fingerprint import differs, fingerprint
 from medsteer_pack.medsteer_core.host.sampling import extraction
 from medsteer_pack.nodes.lora import LoadPEFTLoRA
 from safetensors.torch import load_file, save_file
@@ -342,10 +342,10 @@ def test_a_vector_says_that_it_was_extracted_with_the_lora(pixarts, folder):
     assert made_with["patches"] and made_with == fingerprint(model)
     assert made_with["weights"] == fingerprint(stock)["weights"]
     others = [stock, lora.apply_lora(stock, None, "b", 1.0, 1.0)[0], lora.apply_lora(stock, None, "a", 0.9, 1.0)[0]]
-    assert [extraction.differs(vector, other) for other in others] == [
+    assert [differs(vector, other) for other in others] == [
         "the vector was extracted with other LoRAs on this model"
     ] * 3
-    assert extraction.differs(vector, lora.apply_lora(stock, None, "a", 1.0, 1.0)[0]) == ""
+    assert differs(vector, lora.apply_lora(stock, None, "a", 1.0, 1.0)[0]) == ""
 
 
 def test_steer_and_the_lora_compose_in_either_order(pixarts, folder):

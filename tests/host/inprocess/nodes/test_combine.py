@@ -4,6 +4,7 @@ import pytest
 import tiny
 import torch
 from medsteer_pack.medsteer_core.errors import MedSteerError
+from medsteer_pack.medsteer_core.host.patching import fingerprint
 from medsteer_pack.medsteer_core.host.sampling import extraction
 from medsteer_pack.medsteer_core.vectors import file as vector_file
 from medsteer_pack.medsteer_core.vectors.algebra import HOW
@@ -78,7 +79,7 @@ def test_extracted_vectors_are_combined_saved_and_loaded(pixart, tmp_path):
     ]
     vector, _ = combined(*vectors, "subtract")
     assert vector.provenance["model"] == vectors[0].provenance["model"]
-    assert extraction.differs(vector, pixart) == ""
+    assert fingerprint.differs(vector, pixart) == ""
     back = vector_file.load(vector_file.save(vector, tmp_path / "v.safetensors"))
     assert back.content_hash() == vector.content_hash()
     # The absent prompt is the same and the noise is paired: the difference is that of the two present prompts.

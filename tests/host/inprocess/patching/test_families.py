@@ -17,7 +17,7 @@ from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 from comfy.ldm.wan.model import HumoWanModel, VaceWanModel, WanModel_S2V
 from comfy.ldm.wan.model_animate import AnimateWanModel
 from medsteer_pack.medsteer_core.errors import MedSteerError
-from medsteer_pack.medsteer_core.host.patching import patch, steer
+from medsteer_pack.medsteer_core.host.patching import hooks, patch, steer
 from medsteer_pack.medsteer_core.host.patching.families import FAMILIES
 from medsteer_pack.medsteer_core.host.patching.sites import family_name, find, find_sites, output_width, owns_its_output
 from medsteer_pack.medsteer_core.host.sampling import extraction
@@ -110,7 +110,7 @@ def test_a_site_gives_a_tensor_of_its_own_so_that_steering_may_write_into_it(sma
 def test_steering_in_place_gives_what_steering_a_copy_gives(small, model, vector, monkeypatch):
     steered = tiny.steered(model, vector, operator="suppress", strength=2.0, keep_norm=False)
     in_place = run(small, steered)
-    monkeypatch.setattr(patch, "owns_its_output", lambda fresh: False)
+    monkeypatch.setattr(hooks, "owns_its_output", lambda fresh: False)
     copied = run(small, steered)
     assert apart(copied, in_place) < 1e-5
 

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from medsteer_pack.medsteer_core.errors import MedSteerError
-from medsteer_pack.medsteer_core.host.patching import patch, steer
+from medsteer_pack.medsteer_core.host.patching import levels, patch, steer
 from medsteer_pack.medsteer_core.host.sampling import runs as sampling
 
 POSITIVE, NEGATIVE = tiny.cond(1), tiny.cond(2)
@@ -308,15 +308,15 @@ def test_strength_zero_is_bit_identical_under_a_mask_a_curve_and_switch(pixart, 
 
 
 def test_a_curve_goes_over_the_window(pixart):
-    found = sampling.curve(pixart, "fade in", 0.2, 0.8)
-    levels = pixart.get_model_object("model_sampling")
+    found = levels.curve(pixart, "fade in", 0.2, 0.8)
+    sampling = pixart.get_model_object("model_sampling")
     for percent, gain in ((0.2, 0.0), (0.5, 0.5), (0.8, 1.0)):
-        assert found.at(float(levels.percent_to_sigma(percent))) == pytest.approx(gain, abs=0.02)
-    bell = sampling.curve(pixart, "bell", 0.0, 1.0)
-    assert bell.at(float(levels.percent_to_sigma(0.5))) == pytest.approx(1.0, abs=0.01)
-    assert sampling.curve(pixart, "constant", 0.0, 1.0) is None
+        assert found.at(float(sampling.percent_to_sigma(percent))) == pytest.approx(gain, abs=0.02)
+    bell = levels.curve(pixart, "bell", 0.0, 1.0)
+    assert bell.at(float(sampling.percent_to_sigma(0.5))) == pytest.approx(1.0, abs=0.01)
+    assert levels.curve(pixart, "constant", 0.0, 1.0) is None
     with pytest.raises(MedSteerError, match="no strength curve 'step'"):
-        sampling.curve(pixart, "step", 0.0, 1.0)
+        levels.curve(pixart, "step", 0.0, 1.0)
 
 
 def test_a_curve_steers_less_than_the_constant_strength(pixart, vector):

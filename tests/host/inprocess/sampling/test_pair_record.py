@@ -8,6 +8,7 @@ import tiny
 import torch
 from comfy_extras.nodes_custom_sampler import Noise_EmptyNoise, Noise_RandomNoise
 from medsteer_pack.medsteer_core.dataset.records import finish
+from medsteer_pack.medsteer_core.host.patching import levels
 from medsteer_pack.medsteer_core.host.patching.fingerprint import fingerprint
 from medsteer_pack.medsteer_core.host.sampling import counterfactual
 from medsteer_pack.medsteer_core.host.sampling import runs as sampling
@@ -57,7 +58,7 @@ def test_a_record_holds_what_makes_the_pair_again(model, pixart):
     assert steering["vector"]["sha256"] == vector.content_hash() and steering["vector"]["vector"] == vector.short_hash()
     assert steering["vector"]["made"] == dict(vector.provenance)
     assert steering["sites"] == list(vector.site_names) and steering["rows"] == "all"
-    window = sampling.window(pixart, 0.3, 1.0)
+    window = levels.window(pixart, 0.3, 1.0)
     assert steering["window"] == [window.start_sigma, window.end_sigma]
     operator = {"name": steering["operator"], "strength": steering["strength"], **steering["parameters"]}
     assert Operator.from_dict(operator).to_dict() == {

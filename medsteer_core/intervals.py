@@ -8,7 +8,7 @@ from statistics import NormalDist
 
 import torch
 
-from ..errors import MedSteerError
+from .errors import MedSteerError
 
 _RESAMPLES = 2000
 _AT_ONCE = 1 << 22  # values of the resamples that are held together

@@ -1,0 +1,74 @@
+"""What travels in a model's `transformer_options`, and what one sampling run remembers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from ...steering.plan import SteeringPlan
+from ...steering.prepared import PreparedPlan
+from .rows import INDEX_NAMES
+from .sites import Found, find
+
+# The names under which they stand there.
+PLAN, OBSERVERS, RUN = "medsteer_plan", "medsteer_observers", "medsteer_run"
+BLOCKS, BLOCKS_NOW = "medsteer_blocks", "medsteer_blocks_now"
+
+
+class Observer(Protocol):
+    """What a capture gives: called with the rows of one conditioning only, those that `observed` names."""
+
+    def observe(self, site: str, sigma: float, activation: Tensor) -> None: ...
+
+
+class ChangeObserver(Protocol):
+    """What is shown a site's activation (images, tokens, C) and what a plan would make of it."""
+
+    def observe(self, before: Tensor, after: Tensor) -> None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """The images of every call are blocks of equal length, each with a plan of its own.
+
+    ``changes`` is shown what ``shown`` would change in the first block's positive rows.
+    """
+
+    plans: tuple[SteeringPlan, ...]
+    shown: SteeringPlan
+    changes: ChangeObserver | None
+
+
+class Run:
+    """The state of one sampling run: a prepared plan for each block of images, mostly for the one block of all."""
+
+    def __init__(self, plan: SteeringPlan, blocks: Blocks | None = None):
+        self.prepared = [PreparedPlan(part) for part in (blocks.plans if blocks else (plan,))]
+        self.shown = PreparedPlan(blocks.shown) if blocks and blocks.changes is not None else None
+        self.changes = blocks.changes if blocks else None
+        self.conds: dict[str, Any] = {}
+        self.uuid_names: dict[Any, str] = {}
+        self.index_names: tuple[str, ...] = INDEX_NAMES
+        self.size: tuple[int, ...] | None = None  # of the latent whose areas the model calls see
+        self._found: dict[int, Found] = {}
+        self._level: tuple[Tensor, float] | None = None
+
+    def begin_prediction(self) -> None:
+        """Model calls of another prediction begin: what was known of the last ones' noise level is forgotten."""
+        self._level = None
+
+    def level(self, sigmas: Tensor) -> float:
+        """The noise level of a model call. The calls of one prediction share a tensor, so it is waited for once."""
+        level = self._level
+        if level is None or level[0] is not sigmas:
+            level = self._level = sigmas, float(sigmas.max())
+        return level[1]
+
+    def found(self, diffusion_model: nn.Module) -> Found:
+        """The model's family and sites, found once a run for each device's model."""
+        key = id(diffusion_model)
+        if key not in self._found:
+            self._found[key] = find(diffusion_model)
+        return self._found[key]
