@@ -10,6 +10,7 @@ from ..medsteer_core.host.sampling import extraction
 from ..medsteer_core.host.sampling import runs as sampling
 from ..medsteer_core.pictures.summary import describe
 from .prompts import prompt_text
+from .sampling_inputs import sampling_inputs
 from .types import CATEGORY, Vector
 
 PROMPTS = ("present", "absent", "negative")
@@ -44,32 +45,11 @@ class ExtractPathologyVector(io.ComfyNode):
                     max=4096,
                     tooltip="Images sampled of each prompt. More is steadier and slower.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="Seed of the samples' noise. Use another seed for the images that you steer.",
-                ),
-                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Denoising steps of every sample."),
-                io.Float.Input(
-                    "cfg",
-                    default=4.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="Classifier-free guidance scale.",
-                ),
-                io.Combo.Input(
-                    "sampler_name", options=sampling.SAMPLERS, default="euler", tooltip="The sampler to record with."
-                ),
-                io.Combo.Input(
-                    "scheduler",
-                    options=sampling.SCHEDULERS,
-                    default="normal",
-                    tooltip="The noise schedule to record with.",
+                *sampling_inputs(
+                    seed="Seed of the samples' noise. Use another seed for the images that you steer.",
+                    steps="Denoising steps of every sample.",
+                    sampler_name="The sampler to record with.",
+                    scheduler="The noise schedule to record with.",
                 ),
                 io.Combo.Input(
                     "noise",

@@ -8,6 +8,7 @@ from ..medsteer_core.host.canvas.notes import note
 from ..medsteer_core.host.sampling import counterfactual
 from ..medsteer_core.host.sampling import runs as sampling
 from .prompts import prompt_text
+from .sampling_inputs import sampling_inputs
 from .types import CATEGORY, Record
 
 PROMPTS = ("positive", "negative")
@@ -30,32 +31,11 @@ class CounterfactualSampler(io.ComfyNode):
                 io.Conditioning.Input("positive", tooltip="The prompt of both images."),
                 io.Conditioning.Input("negative", tooltip="The negative prompt of both images, mostly empty."),
                 io.Latent.Input("latent_image", tooltip="Empty latents, one for each pair, or an image to start from."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="Seed of the noise that both images share.",
-                ),
-                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Denoising steps."),
-                io.Float.Input(
-                    "cfg",
-                    default=4.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="Classifier-free guidance scale.",
-                ),
-                io.Combo.Input(
-                    "sampler_name",
-                    options=sampling.SAMPLERS,
-                    default="euler",
-                    tooltip="The sampler. Those that add noise as they go give both images the same.",
-                ),
-                io.Combo.Input(
-                    "scheduler", options=sampling.SCHEDULERS, default="normal", tooltip="The noise schedule."
+                *sampling_inputs(
+                    seed="Seed of the noise that both images share.",
+                    steps="Denoising steps.",
+                    sampler_name="The sampler. Those that add noise as they go give both images the same.",
+                    scheduler="The noise schedule.",
                 ),
                 io.String.Input(
                     "strengths",
