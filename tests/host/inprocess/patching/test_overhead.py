@@ -15,7 +15,7 @@ import torch
 from medsteer_pack.medsteer_core.extraction import sample_watch
 from medsteer_pack.medsteer_core.extraction.capture import ActivationSums
 from medsteer_pack.medsteer_core.extraction.sample_watch import SampleWatch
-from medsteer_pack.medsteer_core.host.patching import patch
+from medsteer_pack.medsteer_core.host.patching import hooks, patch
 from medsteer_pack.medsteer_core.host.patching.sites import find_sites, fresh_layers, owns_its_output
 from medsteer_pack.medsteer_core.steering import prepared as prepared_steering
 from torch.overrides import TorchFunctionMode
@@ -187,7 +187,7 @@ def test_the_trace_sees_a_copy_a_wait_and_a_cast(pixart, vector, monkeypatch, na
 def test_steering_in_place_gives_what_steering_a_copy_gives(pixart, vector, monkeypatch, name):
     steered = tiny.steered(pixart, vector, **STEERINGS[name])
     in_place = run(steered)
-    monkeypatch.setattr(patch, "owns_its_output", lambda fresh: False)
+    monkeypatch.setattr(hooks, "owns_its_output", lambda fresh: False)
     torch.testing.assert_close(in_place, run(steered), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(in_place, run(pixart), atol=1e-3)
 

@@ -5,7 +5,7 @@ import pytest
 import tiny
 from comfy_extras.nodes_custom_sampler import Guider_DualCFG
 from medsteer_pack.medsteer_core.errors import MedSteerError
-from medsteer_pack.medsteer_core.host.patching import patch
+from medsteer_pack.medsteer_core.host.patching import calls
 from medsteer_pack.medsteer_core.host.patching.rows import names_of_indices, names_of_uuids, row_finder
 
 CHOICES = ["all", "positive", "negative"]
@@ -62,7 +62,7 @@ def test_area_conditionings_that_share_an_identity_are_told_apart_by_their_index
         shared.append(uuids[0] & uuids[1])
         return names_of_uuids(conds)
 
-    monkeypatch.setattr(patch, "names_of_uuids", remember)
+    monkeypatch.setattr(calls, "names_of_uuids", remember)
     top, bottom = area(tiny.cond(1), 8, 16, 0, 0), area(tiny.cond(2), 8, 16, 8, 0)
     size = tiny.latent(16, 16)
     found, _calls = changed(tiny.steered(pixart, vector, rows=rows), top + bottom, tiny.cond(3), size=size)
