@@ -11,6 +11,7 @@ from comfy_api.latest import io, ui
 from ..medsteer_core.dataset.records import COUNTERFACTUAL, RANDOM, REPROMPT, STRENGTH_ZERO
 from ..medsteer_core.host.canvas.notes import note
 from ..medsteer_core.host.folders import judges as judge_folder
+from ..medsteer_core.host.sampling.pair_request import CONCEPT, PREDICTION
 from ..medsteer_core.scores.images import channels_first
 from .types import CATEGORY, Vector
 
@@ -176,7 +177,7 @@ def _problem(judge: str) -> str:
 
 
 def _mask_source(prompt: dict[str, Any] | None, node_id: str | None) -> str:
-    """Where the linked mask comes from: "concept map" for Counterfactual Sampler's, "user" for any other."""
+    """Where the linked mask comes from: Counterfactual Sampler's map, by its name, or "user" for any other mask."""
     nodes = prompt or {}
     link = nodes.get(str(node_id), {}).get("inputs", {}).get("mask")
     if not isinstance(link, list) or len(link) != 2:
@@ -185,5 +186,7 @@ def _mask_source(prompt: dict[str, Any] | None, node_id: str | None) -> str:
     if sampler.get("class_type") != "MedSteer_CounterfactualSampler":
         return "user"
     inputs = sampler.get("inputs", {})
-    locked = link[1] == _MASK and inputs.get("lock") == "concept map" and "mask" not in inputs
-    return "concept map" if link[1] == _CONCEPT_MAP or locked else "user"
+    lock = inputs.get("lock")
+    if link[1] == _CONCEPT_MAP:
+        return PREDICTION if lock == PREDICTION else CONCEPT
+    return lock if link[1] == _MASK and lock in (CONCEPT, PREDICTION) and "mask" not in inputs else "user"

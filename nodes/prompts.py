@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..medsteer_core.errors import MedSteerError
+from ..medsteer_core.host.sampling.pair_request import CONCEPT, PREDICTION
 
 
 def prompt_text(prompt: dict[str, Any] | None, node_id: str | None, input_name: str) -> str | None:
@@ -25,7 +26,7 @@ _CONCEPT_MAP, _MASK = 2, 3
 def mask_of_sampler(
     prompt: dict[str, Any] | None, node_id: str | None, input_name: str, records: Sequence[dict[str, Any]]
 ) -> str:
-    """Where the mask linked to ``input_name`` comes from: "concept map", or "user" for whatever else it is.
+    """Where the mask linked to ``input_name`` comes from: a sampler's map by its name, or "user" for whatever else.
 
     ``records`` are Counterfactual Sampler's: its output mask is what its lock was. MedSteerError when that was none.
     """
@@ -34,9 +35,9 @@ def mask_of_sampler(
         return "user"
     if (prompt or {}).get(str(link[0]), {}).get("class_type") != "MedSteer_CounterfactualSampler":
         return "user"
-    if link[1] == _CONCEPT_MAP:
-        return "concept map"
     source = records[0]["made"]["lock"]["mask_source"] if records else "none"
+    if link[1] == _CONCEPT_MAP:
+        return PREDICTION if source == PREDICTION else CONCEPT
     if link[1] == _MASK and source == "none":
         raise MedSteerError(
             "mask is Counterfactual Sampler's, which had no lock, so it marks the whole image. Connect its "

@@ -1,17 +1,18 @@
-"""The node that samples a factual image and its counterfactuals in one run."""
+"""The node that samples a factual image and its counterfactuals."""
 
 from __future__ import annotations
 
 from comfy_api.latest import io
 
 from ..medsteer_core.host.canvas.notes import note
-from ..medsteer_core.host.sampling import counterfactual
 from ..medsteer_core.host.sampling import runs as sampling
+from ..medsteer_core.host.sampling.counterfactual import multiples_of, sample_pair
+from ..medsteer_core.host.sampling.pair_request import ALL, COMPUTED, IN_MASK, LOCKS, OPEN, PairRequest
 from .prompts import prompt_text
 from .sampling_inputs import sampling_inputs
 from .types import CATEGORY, Record
 
-PROMPTS = ("positive", "negative")
+PROMPTS = ("positive", "negative", "counterfactual")
 
 
 class CounterfactualSampler(io.ComfyNode):
@@ -22,13 +23,21 @@ class CounterfactualSampler(io.ComfyNode):
             display_name="Counterfactual Sampler",
             category=f"{CATEGORY}/sampling",
             description=(
-                "Samples the factual image and its counterfactuals from the same noise in one run, and can lock what "
-                "lies outside the finding."
+                "Samples the factual image and its counterfactuals from the same noise, by steering, another prompt or "
+                "both, and can lock what lies outside the finding."
             ),
             search_aliases=["paired sampler", "ksampler", "structure lock", "medsteer", "strength sweep"],
             inputs=[
-                io.Model.Input("model", tooltip="The steered model, from Steer. The factual image is made without it."),
-                io.Conditioning.Input("positive", tooltip="The prompt of both images."),
+                io.Model.Input(
+                    "model",
+                    tooltip=(
+                        "The steered model, from Steer; the factual image is made without the steering. With a "
+                        "counterfactual prompt any model."
+                    ),
+                ),
+                io.Conditioning.Input(
+                    "positive", tooltip="The prompt of both images, or of the factual one where the other has its own."
+                ),
                 io.Conditioning.Input("negative", tooltip="The negative prompt of both images, mostly empty."),
                 io.Latent.Input("latent_image", tooltip="Empty latents, one for each pair, or an image to start from."),
                 *sampling_inputs(
@@ -47,11 +56,12 @@ class CounterfactualSampler(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "lock",
-                    options=list(counterfactual.LOCKS),
-                    default=counterfactual.OPEN,
+                    options=list(LOCKS),
+                    default=OPEN,
                     tooltip=(
-                        "none: the whole image may change. concept map: only where the steering acts most (one more "
-                        "factual run finds out where). A connected mask comes before both."
+                        "none: the whole image may change. concept map: only where the steering acts most. prediction "
+                        "difference: only where the two prompts' predictions lie apart most. A connected mask comes "
+                        "before all."
                     ),
                 ),
                 io.Float.Input(
@@ -61,7 +71,7 @@ class CounterfactualSampler(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     advanced=True,
-                    tooltip="For lock 'concept map': a pixel may change from this share of the map's largest value on.",
+                    tooltip="For a lock by a map: a pixel may change from this share of the map's largest value on.",
                 ),
                 io.Int.Input(
                     "lock_dilation",
@@ -69,7 +79,7 @@ class CounterfactualSampler(io.ComfyNode):
                     min=0,
                     max=64,
                     advanced=True,
-                    tooltip="For lock 'concept map': how many latent pixels the mask is grown by.",
+                    tooltip="For a lock by a map: how many latent pixels the mask is grown by.",
                 ),
                 io.Sampler.Input("sampler", optional=True, tooltip="Overrides sampler_name."),
                 io.Sigmas.Input("sigmas", optional=True, tooltip="Overrides scheduler and steps."),
@@ -79,13 +89,58 @@ class CounterfactualSampler(io.ComfyNode):
                     optional=True,
                     tooltip="Where the image may change (white). Adding a finding needs one to be locked in place.",
                 ),
+                io.Conditioning.Input(
+                    "counterfactual",
+                    optional=True,
+                    tooltip=(
+                        "The counterfactual image's own prompt. It takes the positive's place from "
+                        "counterfactual_start on; the model need not be steered then, but may be."
+                    ),
+                ),
+                io.Float.Input(
+                    "counterfactual_start",
+                    default=0.45,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="Where the counterfactual prompt begins: 0 is pure noise, 1 the finished image.",
+                ),
+                io.Combo.Input(
+                    "computed_tokens",
+                    options=list(COMPUTED),
+                    default=IN_MASK,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "in the mask: under a lock or mask the counterfactual computes the tokens of the mask alone, "
+                        "where the model allows it (PixArt). all: every token."
+                    ),
+                ),
+                io.Float.Input(
+                    "kept_memory",
+                    default=0.0,
+                    min=0.0,
+                    max=1024.0,
+                    step=0.1,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "GB that the factual run may keep for computed_tokens 'in the mask'; 0: half of what is free. "
+                        "Where it does not suffice, all tokens are computed."
+                    ),
+                ),
             ],
             outputs=[
-                io.Latent.Output("factual", tooltip="The unsteered images."),
+                io.Latent.Output("factual", tooltip="The factual images: what KSampler gives without Steer."),
                 io.Latent.Output(
-                    "counterfactual", tooltip="The steered images; with several strengths, all of the first come first."
+                    "counterfactual",
+                    tooltip="The counterfactual images; with several strengths, all of the first come first.",
                 ),
-                io.Mask.Output("concept_map", tooltip="Where the steering acts on the factual image; 1 is the most."),
+                io.Mask.Output(
+                    "concept_map",
+                    tooltip="Where steering or the other prompt acts on the factual image; 1 is the most.",
+                ),
                 io.Mask.Output("mask", tooltip="Where the image could change: all of it without a lock."),
                 io.String.Output("summary", tooltip="What was run, and where the mask came from."),
                 Record.Output(
@@ -117,23 +172,31 @@ class CounterfactualSampler(io.ComfyNode):
         sigmas=None,
         noise=None,
         mask=None,
+        counterfactual=None,
+        counterfactual_start=0.45,
+        computed_tokens=ALL,
+        kept_memory=0.0,
     ) -> io.NodeOutput:
-        request = counterfactual.PairRequest(
+        request = PairRequest(
             positive=positive,
             negative=negative,
             latent=latent_image,
             seed=seed,
             cfg=cfg,
             schedule=sampling.schedule(model, steps, sampler_name, scheduler, sampler, sigmas),
-            multiples=counterfactual.multiples_of(strengths),
+            multiples=multiples_of(strengths),
             mask=mask,
             lock=lock,
             threshold=lock_threshold,
             dilation=lock_dilation,
             noise=noise,
+            counterfactual=counterfactual,
+            start_percent=counterfactual_start,
+            computed_tokens=computed_tokens,
+            kept_gigabytes=kept_memory,
             texts={name: prompt_text(cls.hidden.prompt, cls.hidden.unique_id, name) for name in PROMPTS},
         )
-        pair = counterfactual.sample_pair(model, request)
+        pair = sample_pair(model, request)
         return io.NodeOutput(
             {"samples": pair.factual},
             {"samples": pair.counterfactual},

@@ -20,7 +20,7 @@ SPLITS = ("train", "validation", "test")
 # What a pair is for: the effect itself, or a control that says how much of it is none.
 COUNTERFACTUAL, STRENGTH_ZERO, RANDOM, REPROMPT = "counterfactual", "strength 0", "random direction", "re-prompt"
 ARMS = (COUNTERFACTUAL, STRENGTH_ZERO, RANDOM, REPROMPT)
-MASK_SOURCES = ("segmenter", "concept map", "user", "none")
+MASK_SOURCES = ("segmenter", "concept map", "prediction difference", "user", "none")
 SIDES = ("factual", "counterfactual")
 # Where a pair has its finding: what the classes say, one of its images, or both.
 BY_CLASSES, IN_BOTH = "auto", "both"

@@ -21,7 +21,8 @@ from .png import image_png, in_levels, mask_png
 from .records import BY_CLASSES, COUNTERFACTUAL, FINDING_IN, IN_BOTH, SIDES, STRENGTH_ZERO, finish
 from .splits import AUTO, check_unseen, split_of
 
-USER, CONCEPT_MAP, SEGMENTER, NO_MASK = "user", "concept map", "segmenter", "none"
+USER, SEGMENTER, NO_MASK = "user", "segmenter", "none"
+MAPS = ("concept map", "prediction difference")  # a sampler's, of soft values
 RECORD_TEXT = "medsteer_record"  # the record's chunk in a PNG
 _SHARE = 0.2  # of a concept map's largest value, from which on it marks: Counterfactual Sampler's own default
 
@@ -32,7 +33,7 @@ class SaveRequest:
 
     factual: (B, H, W, 3 or more) in 0..1; counterfactual: (K * B, H, W, 3 or more), all of the first strength first
     records: a sampler's, one for each counterfactual; source, target: the labels that were intended
-    mask: (1, B or K * B, h, w) in 0..1, where the finding is; mask_source: `USER` or `CONCEPT_MAP`, with a mask
+    mask: (1, B or K * B, h, w) in 0..1, where the finding is; mask_source: `USER` or one of `MAPS`, with a mask
     texts: what else the PNGs say, by chunk; with_record: whether they say how they were made
     """
 
@@ -219,7 +220,7 @@ def _fitted(request: SaveRequest, size: tuple[int, int]) -> Tensor:
     mask = mask.detach().float().cpu().repeat(pairs // len(mask), 1, 1)
     if tuple(mask.shape[1:]) != tuple(size):
         mask = torch.nn.functional.interpolate(mask[:, None], size=tuple(size), mode="bilinear", antialias=True)[:, 0]
-    if request.mask_source != CONCEPT_MAP:
+    if request.mask_source not in MAPS:
         return mask > 0.5
     shares = torch.tensor([record["made"].get("lock", {}).get("threshold", _SHARE) for record in request.records])
     return (mask >= shares[:, None, None] * mask.amax((1, 2), keepdim=True)) & (mask > 0)

@@ -25,8 +25,8 @@ from ..scores.lpips import load_lpips
 from ..scores.pair import PairScore, rounded, structure_measure
 from ..scores.scorer import score_pairs, summarise
 
-# A pixel is of the finding from here on, by where the mask comes from: the concept map's is the structure lock's own.
-MASK_FROM = {"concept map": 0.2, "user": 0.5, "segmenter": 0.5}
+# A pixel is of the finding from here on, by where the mask comes from: a map's is the structure lock's own.
+MASK_FROM = {"concept map": 0.2, "prediction difference": 0.2, "user": 0.5, "segmenter": 0.5}
 SEGMENTER, NO_MASK = "segmenter", "none"
 INPUTS = {STRENGTH_ZERO: "strength_0", RANDOM: "random_direction", REPROMPT: "reprompted"}  # the node's, by arm
 EXPECTED = {

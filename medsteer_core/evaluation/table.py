@@ -11,6 +11,7 @@ MEASURES = {"ssim_outside": "SSIM outside", "anatomy_drift": "anatomy drift", "s
 _MASKS = {
     "segmenter": "the segmenter's masks",
     "concept map": "the concept map",
+    "prediction difference": "the map of the predictions' difference",
     "user": "the given mask",
     "none": "no mask",
 }

@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
@@ -50,6 +50,10 @@ class Operator(ABC):
 
         With `in_place` always the same object, which is changed: for a contiguous activation that nobody else holds.
         """
+
+    def among(self, share: float) -> "Operator":
+        """This operator for activations that hold ``share`` of an image's tokens, as if the others did not change."""
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         """Name and parameters, for provenance; `from_dict` reads it back."""
@@ -173,6 +177,10 @@ class Affine(Operator):
         _check_number(self, "focus")
         if self.focus < 0:
             raise MedSteerError(f"affine: focus is {self.focus}; 0 (every token) or more was expected.")
+
+    def among(self, share: float) -> "Affine":
+        # `focus` squared stands before the mean over all tokens, and only a share of them is there to be averaged.
+        return replace(self, focus=self.focus * share**0.5)
 
     def __call__(self, a: Tensor, step: Step, in_place: bool = False) -> Tensor:
         if self.is_identity:

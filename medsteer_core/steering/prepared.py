@@ -85,17 +85,22 @@ class PreparedPlan:
         return step.sites
 
     def for_call(
-        self, rows: RowNames, everything: RowRanges = None, size: tuple[int, ...] | None = None
+        self,
+        rows: RowNames,
+        everything: RowRanges = None,
+        size: tuple[int, ...] | None = None,
+        share: float = 1.0,
     ) -> CallSteering:
         """The steering of one model call, after `prepare`; whose rows are where is asked once for each steering.
 
         `rows` tells where a named cond's rows are in this call: a mapping or a function from name to ranges (None:
         every row; empty or missing: none, as in a call that holds only the other cond). `all` is not looked up: it is
-        `everything` (None: every row). `size` is that of the call's latent, which masks need.
+        `everything` (None: every row). `size` is that of the call's latent, which masks need. Activations hold `share`
+        of the image's tokens.
         """
         if self._step is None:
             raise RuntimeError("prepare() comes before for_call() and apply()")
-        return CallSteering(self, self._step, rows, everything, size)
+        return CallSteering(self, self._step, rows, everything, size, share)
 
     def apply(
         self,
@@ -140,8 +145,9 @@ class CallSteering:
         rows: RowNames,
         everything: RowRanges,
         size: tuple[int, ...] | None,
+        share: float = 1.0,
     ) -> None:
-        self._prepared, self._step, self._size = prepared, step, size
+        self._prepared, self._step, self._size, self._share = prepared, step, size, share
         self._rows, self._everything = rows, everything
         self._form: tuple[Any, ...] = ()  # device, dtype and shape of the activations that `_ways` is for
         self._acts: Mapping[str, _Acts] = {}
@@ -160,6 +166,11 @@ class CallSteering:
         if form != self._form:
             self._form, self._ways = form, {}
             self._acts = self._step.on(*form[:2])
+            if self._share < 1:
+                self._acts = {
+                    own: tuple((index, operator.among(self._share), step) for index, operator, step in acts)
+                    for own, acts in self._acts.items()
+                }
         for index, operator, step in self._acts.get(site, ()):
             if activation.ndim != 3 or activation.shape[-1] != step.directions.shape[-1]:
                 raise _wrong_width(site, activation, step)

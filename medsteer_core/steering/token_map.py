@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -82,6 +83,20 @@ class TokenChange:
         parts = [to_pixels(values, height, width) for values in self._sums.values()]
         mean = (torch.stack(parts).sum(dim=0) / total).cpu()
         return mean / mean.amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def prediction_map(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """How far two predictions ``(images, C, H, W)`` lie apart at each pixel, over several pairs of them.
+
+    Returns (images, height, width) on the CPU: the mean over pairs, each of them relative to its own mean, 1 at each
+    image's largest; zeros where they are equal.
+    """
+    tiny = torch.finfo(torch.float32).tiny
+    total = torch.zeros(())
+    for one, other in pairs:
+        apart = torch.linalg.vector_norm((other - one).float(), dim=1).cpu()
+        total = total + apart / apart.mean(dim=(1, 2), keepdim=True).clamp_min(tiny)
+    return total / total.amax(dim=(1, 2), keepdim=True).clamp_min(tiny)
 
 
 def threshold_mask(maps: Tensor, threshold: float, dilation: int) -> Tensor:

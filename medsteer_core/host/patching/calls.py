@@ -5,7 +5,8 @@ PixArt drops `transformer_options` before its blocks, so patches in there never 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -13,18 +14,18 @@ from torch import Tensor
 from ...steering.plan import SteeringPlan
 from .checks import check_masks, check_reachable, check_rows, check_touched
 from .hooks import hooks, is_free, rows_first, uncompiled
-from .rows import block_rows, names_of_indices, names_of_uuids, row_finder
-from .run_state import BLOCKS, BLOCKS_NOW, OBSERVERS, PLAN, RUN, Observer, Run
+from .rows import chunk_names, names_of_indices, names_of_uuids, row_finder
+from .run_state import OBSERVERS, PLAN, RUN, SHOWN, TOKENS, Observer, Run
+from .tokens import Keeping, keeping, kept_rows, sparse
 
 
 def outer_sample(executor: Callable, noise: Tensor, latent: Tensor, sampler: Any, sigmas: Tensor, *args, **kwargs):
     """One run: check the plan against this schedule and guider, give the run its state, check what was done."""
     guider = executor.class_obj
     options = guider.model_options["transformer_options"]  # this run's own copy
-    plan, blocks = options.get(PLAN, SteeringPlan()), options.get(BLOCKS)
-    for part in blocks.plans if blocks else (plan,):
-        check_reachable(part, sigmas, guider.conds)
-    options[RUN] = run = Run(plan, blocks)
+    plan = options.get(PLAN, SteeringPlan())
+    check_reachable(plan, sigmas, guider.conds)
+    options[RUN] = run = Run(plan, options.get(SHOWN))
     try:
         result = executor(noise, latent, sampler, sigmas, *args, **kwargs)
     finally:
@@ -34,9 +35,9 @@ def outer_sample(executor: Callable, noise: Tensor, latent: Tensor, sampler: Any
 
 
 def predict_noise(executor: Callable, x: Tensor, timestep: Tensor, model_options: dict, *args, **kwargs):
-    """Learn the names of this run's conditionings from its guider (uuids are new in every run)."""
+    """Learn the names of this run's conditionings from its guider: uuids are new in every run, and may change in it."""
     run = (model_options or {}).get("transformer_options", {}).get(RUN)
-    if run is not None and not run.uuid_names:
+    if run is not None and run.conds is not executor.class_obj.conds:
         run.conds = executor.class_obj.conds
         run.uuid_names = names_of_uuids(run.conds)
     return executor(x, timestep, model_options, *args, **kwargs)
@@ -54,32 +55,61 @@ def calc_cond_batch(executor: Callable, model: Any, conds: list, x: Tensor, time
 
 
 def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
-    """One model call: hooks on the sites that act now, removed whatever happens."""
+    """One model call: hooks on the sites that act now, and on the blocks where tokens are kept or left out, removed
+    whatever happens."""
     options = transformer_options or {}
-    run = options.get(RUN) or Run(options.get(PLAN, SteeringPlan()), options.get(BLOCKS))
+    run = options.get(RUN) or Run(options.get(PLAN, SteeringPlan()), options.get(SHOWN))
+    with _tokens(run, executor.class_obj, x, options) as share:
+        arguments = x, t, c_concat, c_crossattn, control, transformer_options
+        return _steered_call(executor, run, share, options, arguments, kwargs)
+
+
+@contextmanager
+def _tokens(run: Run, base_model: Any, x: Tensor, options: dict[str, Any]) -> Iterator[float]:
+    """Keep a call's tokens, or compute some of them, if this prediction asks for it; gives the share computed."""
+    request = options.get(TOKENS)
+    # A call for an area of the image has other tokens than the whole has.
+    model = None if request is None or tuple(x.shape[2:]) != run.size else run.tokens(base_model.diffusion_model)
+    if model is None:
+        yield 1.0
+        return
+    chunks = chunk_names(options, run.uuid_names, run.index_names)
+    if isinstance(request, Keeping):
+        with keeping(model, chunks, request):
+            yield 1.0
+        return
+    kept = kept_rows(model, chunks, request)
+    if kept is None:
+        yield 1.0
+        return
+    index = request.index.to(x.device).repeat(len(chunks), 1)
+    with sparse(model, [part.to(x.device) for part in kept], index):
+        yield request.share
+
+
+def _steered_call(executor, run: Run, share: float, options: dict[str, Any], arguments: tuple, kwargs: dict[str, Any]):
+    x, t, *_rest = arguments
     base_model = executor.class_obj
     sigmas = options.get("sigmas")
     sigma = run.level(t if sigmas is None else sigmas)
     observers: dict[str, Observer] = options.get(OBSERVERS, {}) if sigma > 0 else {}
-    blocks = run.prepared[: options.get(BLOCKS_NOW, len(run.prepared))]
-    shown = [run.shown] if run.shown is not None else []
+    plans = [plan for plan in (run.prepared, run.shown) if plan is not None] if sigma > 0 else []
     form = base_model.get_dtype_inference(), x.device
-    active = {site: None for plan in (*blocks, *shown) for site in plan.prepare(sigma, *form)} if sigma > 0 else {}
+    active = {site: None for plan in plans for site in plan.prepare(sigma, *form)}
     if not active and not observers:
-        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+        return executor(*arguments, **kwargs)
     rows = row_finder(x.shape[0], options, run.uuid_names, run.index_names)
     watching = [(observer, ranges) for cond, observer in observers.items() if (ranges := rows(cond))]
     if not active and not watching:
-        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+        return executor(*arguments, **kwargs)
     found = run.found(base_model.diffusion_model)
-    parts = [block_rows(rows, x.shape[0], options, index, len(blocks)) for index in range(len(blocks))]
-
     size = tuple(x.shape[2:])
     is_part = run.size is not None and size != run.size
-    check_masks(blocks, x.shape[0] // len(options.get("cond_or_uncond") or [0]) // len(blocks), is_part)
-    steering = [plan.for_call(*where, size) for plan, where in zip(blocks, parts, strict=True)]
+    for plan in plans:
+        check_masks(plan, x.shape[0] // len(options.get("cond_or_uncond") or [0]), is_part)
+    steering = run.prepared.for_call(rows, None, size, share)
     # The map is of the whole image: a call for an area of it is no part of that.
-    mapped = parts[0][0]("positive") if shown and not is_part else ()
+    mapped = rows("positive") if run.shown is not None and not is_part else ()
     mapping = run.shown.for_call(lambda _name: None, None, size) if mapped else None
 
     def visit(name: str, output: Tensor, owned: bool) -> Tensor:
@@ -88,9 +118,7 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
             for start, stop in mapped:
                 before = output[start:stop]
                 run.changes.observe(before, mapping.apply(name, before))
-            in_place = owned and is_free(output)
-            for call in steering:
-                output = call.apply(name, output, in_place)
+            output = steering.apply(name, output, owned and is_free(output))
         for observer, ranges in watching:
             for start, stop in ranges:
                 observer.observe(name, sigma, output[start:stop])
@@ -98,4 +126,4 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
 
     hooked = {name: (found.sites[name], found.fresh[name]) for name in (found.sites if watching else active)}
     with uncompiled(options), hooks(hooked, rows_first(visit) if found.family.tokens_first else visit):
-        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+        return executor(*arguments, **kwargs)

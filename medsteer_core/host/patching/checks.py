@@ -68,14 +68,13 @@ def check_reachable(plan: SteeringPlan, sigmas: Tensor, conds: dict[str, Any]) -
 
 def check_touched(run: Run, result: Tensor) -> None:
     """Refuse silent success: a steering that changed nothing, or a result that is not finite."""
-    for steering in (steering for plan in run.prepared for steering in plan.untouched()):
+    for steering in run.prepared.untouched():
         raise MedSteerError(
             f"Steering ({steering.operator.name}, rows '{steering.rows}') changed nothing in this run. Rows that are "
             "never evaluated (the negative ones at cfg 1), a compiled model or a cache that skips every step cause "
             "this. Use rows 'all', or remove the other patch."
         )
-    steers = any(plan.plan.sites for plan in run.prepared)
-    if steers and isinstance(result, Tensor) and not torch.isfinite(result).all():
+    if run.prepared.plan.sites and isinstance(result, Tensor) and not torch.isfinite(result).all():
         raise MedSteerError("The steered run gave NaN or infinite latents. Lower the strength, or narrow the window.")
 
 
@@ -88,9 +87,9 @@ def check_rows(name: str, output: Tensor, rows: int) -> None:
         )
 
 
-def check_masks(plans: Sequence[PreparedPlan], images: int, is_part: bool) -> None:
+def check_masks(plan: PreparedPlan, images: int, is_part: bool) -> None:
     """Refuse masks on Steer that don't fit a call of ``images``, or that sees an area of the image (``is_part``)."""
-    for mask in (steering.mask for plan in plans for steering in plan.plan.steerings if steering.mask is not None):
+    for mask in (steering.mask for steering in plan.plan.steerings if steering.mask is not None):
         if images % len(mask):
             raise MedSteerError(
                 f"Steer has {len(mask)} masks, and this run makes {images} images. Give it 1 or {images}."

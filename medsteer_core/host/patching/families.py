@@ -9,6 +9,9 @@ from typing import Any
 
 from torch import nn
 
+from .pixart_tokens import pixart_tokens
+from .tokens import TokenModel
+
 Modules = Mapping[str, nn.Module]
 
 
@@ -42,6 +45,10 @@ def _is_cosmos_cross(modules: Modules, name: str) -> bool:
     return modules[name.removesuffix(".block.attn.to_out")].block_type in ("ca", "cross_attn")
 
 
+def _all_computed(_network: nn.Module) -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class Family:
     """``site`` matches the module names of the sites whole, so that adapters inside or beside them are none.
@@ -49,7 +56,8 @@ class Family:
     Every module in ``marks`` must exist, and none whose name ``without`` matches. ``is_site`` sorts out modules that
     only look like sites; ``order`` puts names in the order of execution. A site gives ``(rows, tokens, channels)``,
     with ``tokens_first`` ``(tokens, rows, channels)``. A row is an image or a video; a video's tokens are those of all
-    its frames, and those of reference images where a model appends them.
+    its frames, and those of reference images where a model appends them. ``tokens`` says how some of an image's tokens
+    can be computed without the others; None where they can't.
     """
 
     name: str
@@ -58,6 +66,7 @@ class Family:
     without: str = ""
     tokens_first: bool = False
     is_site: Callable[[Modules, str], bool] = _everywhere
+    tokens: Callable[[nn.Module], TokenModel | None] = _all_computed
     order: Callable[[Sequence[str]], list[str]] = _by_number
 
     def sites(self, modules: Modules) -> list[str]:
@@ -74,6 +83,7 @@ FAMILIES: tuple[Family, ...] = (
         "PixArt (alpha, Sigma)",
         r"blocks\.\d+\.cross_attn\.proj",
         ("blocks.0.cross_attn.kv_linear", "y_embedder.y_proj"),
+        tokens=pixart_tokens,
     ),
     # Hunyuan3D 2.1 has blocks of the same names, which attend to a picture.
     Family("HunyuanDiT", r"blocks\.\d+\.attn2\.out_proj", ("blocks.0.attn2.kv_proj", "mlp_t5")),

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from torch import Tensor, nn
@@ -44,7 +45,15 @@ def is_free(output: Tensor) -> bool:
     return type(output) is Tensor and not output.requires_grad and output.is_contiguous()
 
 
+def is_compiled(model: ModelPatcher) -> bool:
+    """Whether a node has this model compiled."""
+    return _has_compiled(model.model_options.get("transformer_options", {}))
+
+
 def uncompiled(options: dict[str, Any]) -> AbstractContextManager:
     """Run a torch.compile'd model eagerly for this call: compiled code does not see hooks that come and go."""
-    compiled = COMPILE_KEY in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
-    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    return torch.compiler.set_stance("force_eager") if _has_compiled(options) else nullcontext()
+
+
+def _has_compiled(options: dict[str, Any]) -> bool:
+    return COMPILE_KEY in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})

@@ -5,7 +5,6 @@ What a run needs to remember lives in a `Run` that the OUTER_SAMPLE wrapper puts
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from comfy.model_patcher import ModelPatcher
@@ -14,8 +13,9 @@ from comfy.patcher_extension import WrappersMP
 from ...steering.plan import Steering, SteeringPlan
 from .calls import apply_model, calc_cond_batch, outer_sample, predict_noise
 from .checks import check_fits
-from .run_state import BLOCKS, BLOCKS_NOW, OBSERVERS, PLAN, Blocks, ChangeObserver, Observer
+from .run_state import OBSERVERS, PLAN, SHOWN, TOKENS, ChangeObserver, Observer, Shown
 from .sites import find_sites
+from .tokens import Keeping, Sparse
 
 KEY = "medsteer"
 
@@ -37,20 +37,19 @@ def observed(model: ModelPatcher, observer: Observer, rows: str = "positive") ->
     return _with(model, OBSERVERS, {**others, rows: observer})
 
 
-def with_blocks(
-    model: ModelPatcher, plans: Sequence[SteeringPlan], changes: ChangeObserver | None = None
-) -> ModelPatcher:
-    """A clone of ``model`` for batches of ``len(plans)`` blocks of images, each steered by its own plan.
-
-    ``changes`` is shown what the model's own plan would change in the first block's positive rows. Nothing else of the
-    model's own plan acts in the clone. A call of fewer blocks says so through `in_blocks`.
-    """
-    return _with(model, BLOCKS, Blocks(tuple(plans), plan_of(model), changes))
+def with_plan(model: ModelPatcher, plan: SteeringPlan) -> ModelPatcher:
+    """A clone of ``model`` that ``plan`` steers, in the place of the plan that it carries."""
+    return _with(model, PLAN, plan)
 
 
-def in_blocks(model_options: dict[str, Any], count: int) -> dict[str, Any]:
-    """Model options for one prediction over the first ``count`` blocks."""
-    return {**model_options, "transformer_options": {**model_options["transformer_options"], BLOCKS_NOW: count}}
+def showing(model: ModelPatcher, changes: ChangeObserver) -> ModelPatcher:
+    """A clone of ``model`` that nothing steers: ``changes`` is shown what its plan would change in positive rows."""
+    return _with(with_plan(model, SteeringPlan()), SHOWN, Shown(plan_of(model), changes))
+
+
+def for_tokens(model_options: dict[str, Any], request: Keeping | Sparse) -> dict[str, Any]:
+    """Model options for one prediction whose calls keep their tokens, or compute some of them."""
+    return {**model_options, "transformer_options": {**model_options["transformer_options"], TOKENS: request}}
 
 
 def plan_of(model: ModelPatcher) -> SteeringPlan:

@@ -46,34 +46,17 @@ def row_finder(
     index_names: Sequence[str] = INDEX_NAMES,
 ) -> Callable[[str], list[tuple[int, int]]]:
     """A function from a cond's name to its row ranges ``[(start, stop), ...]`` in a call of ``batch`` rows."""
+    chunks = chunk_names(transformer_options, uuid_names, index_names)
+    length = batch // len(chunks)
+    ranges = [(name, (place * length, (place + 1) * length)) for place, name in enumerate(chunks)]
+    return lambda name: [rows for found, rows in ranges if found == name]
+
+
+def chunk_names(
+    transformer_options: Mapping[str, Any], uuid_names: Mapping[Any, str], index_names: Sequence[str] = INDEX_NAMES
+) -> list[str]:
+    """The conditioning of each equal part of a call's rows, in order."""
     indices = transformer_options.get("cond_or_uncond") or [0]
-    uuids = transformer_options.get("uuids") or [None] * len(indices)
-    length = batch // len(indices)
-    chunks = []
-    for position, (index, uuid) in enumerate(zip(indices, uuids, strict=False)):
-        by_index = index_names[index] if index < len(index_names) else ""
-        chunks.append((uuid_names.get(uuid, by_index), (position * length, (position + 1) * length)))
-    return lambda name: [rows for found, rows in chunks if found == name]
-
-
-def block_rows(
-    rows: Callable[[str], list[tuple[int, int]]],
-    batch: int,
-    transformer_options: Mapping[str, Any],
-    index: int,
-    count: int,
-) -> tuple[Callable[[str], list[tuple[int, int]]], list[tuple[int, int]] | None]:
-    """The rows of block ``index`` of ``count`` equal blocks of images: by cond's name, and of all conds (None: all).
-
-    Every conditioning's chunk holds all the blocks' images, one block after the other.
-    """
-    if count == 1:
-        return rows, None
-    chunks = len(transformer_options.get("cond_or_uncond") or [0])
-    length = batch // chunks // count
-
-    def part(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-        return [(start + index * length, start + (index + 1) * length) for start, _stop in ranges]
-
-    everything = part([(chunk * count * length, 0) for chunk in range(chunks)])
-    return lambda name: part(rows(name)), everything
+    uuids = [*(transformer_options.get("uuids") or ()), *[None] * len(indices)]
+    by_index = [index_names[index] if index < len(index_names) else "" for index in indices]
+    return [uuid_names.get(uuid, name) for uuid, name in zip(uuids, by_index, strict=False)]

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from ...steering.plan import SteeringPlan
 from ...steering.prepared import PreparedPlan
 from .rows import INDEX_NAMES
-from .sites import Found, find
+from .sites import Found, find, token_model
+from .tokens import TokenModel
 
 # The names under which they stand there.
-PLAN, OBSERVERS, RUN = "medsteer_plan", "medsteer_observers", "medsteer_run"
-BLOCKS, BLOCKS_NOW = "medsteer_blocks", "medsteer_blocks_now"
+PLAN, OBSERVERS, SHOWN, RUN = "medsteer_plan", "medsteer_observers", "medsteer_shown", "medsteer_run"
+TOKENS = "medsteer_tokens"  # of one prediction: a `Keeping` or a `Sparse`
 
 
 class Observer(Protocol):
@@ -30,29 +31,26 @@ class ChangeObserver(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Blocks:
-    """The images of every call are blocks of equal length, each with a plan of its own.
+class Shown:
+    """A plan that does not act: ``changes`` is shown what it would change in the positive rows."""
 
-    ``changes`` is shown what ``shown`` would change in the first block's positive rows.
-    """
-
-    plans: tuple[SteeringPlan, ...]
-    shown: SteeringPlan
-    changes: ChangeObserver | None
+    plan: SteeringPlan
+    changes: ChangeObserver
 
 
 class Run:
-    """The state of one sampling run: a prepared plan for each block of images, mostly for the one block of all."""
+    """The state of one sampling run: its prepared plan, and one that is only shown, if any."""
 
-    def __init__(self, plan: SteeringPlan, blocks: Blocks | None = None):
-        self.prepared = [PreparedPlan(part) for part in (blocks.plans if blocks else (plan,))]
-        self.shown = PreparedPlan(blocks.shown) if blocks and blocks.changes is not None else None
-        self.changes = blocks.changes if blocks else None
+    def __init__(self, plan: SteeringPlan, shown: Shown | None = None):
+        self.prepared = PreparedPlan(plan)
+        self.shown = PreparedPlan(shown.plan) if shown else None
+        self.changes = shown.changes if shown else None
         self.conds: dict[str, Any] = {}
         self.uuid_names: dict[Any, str] = {}
         self.index_names: tuple[str, ...] = INDEX_NAMES
         self.size: tuple[int, ...] | None = None  # of the latent whose areas the model calls see
         self._found: dict[int, Found] = {}
+        self._tokens: dict[int, TokenModel | None] = {}
         self._level: tuple[Tensor, float] | None = None
 
     def begin_prediction(self) -> None:
@@ -65,6 +63,13 @@ class Run:
         if level is None or level[0] is not sigmas:
             level = self._level = sigmas, float(sigmas.max())
         return level[1]
+
+    def tokens(self, diffusion_model: nn.Module) -> TokenModel | None:
+        """How some of the model's tokens can be computed without the others; None where they can't."""
+        key = id(diffusion_model)
+        if key not in self._tokens:
+            self._tokens[key] = token_model(diffusion_model)
+        return self._tokens[key]
 
     def found(self, diffusion_model: nn.Module) -> Found:
         """The model's family and sites, found once a run for each device's model."""

@@ -13,6 +13,7 @@ from torch.nn.modules.module import _global_forward_hooks
 
 from ...errors import MedSteerError
 from .families import FAMILIES, Family
+from .tokens import TokenModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +75,14 @@ def owns_its_output(fresh: tuple[nn.Module, ...]) -> bool:
 def family_name(diffusion_model: nn.Module) -> str:
     """The family that `find` takes the model for; raises as it does."""
     return find(diffusion_model).family.name
+
+
+def token_model(diffusion_model: nn.Module) -> TokenModel | None:
+    """How some of a model's image tokens can be computed without the others; None where they can't."""
+    try:
+        return find(diffusion_model).family.tokens(diffusion_model)
+    except MedSteerError:  # of no family that can be steered; another prompt can do without
+        return None
 
 
 def output_width(site: nn.Module) -> int | None:

@@ -6,7 +6,9 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from comfy.sd import CLIP
+from torch import Tensor
 
 MARK, TEXT = "medsteer_context", "medsteer_text"
 
@@ -48,6 +50,22 @@ def prompt_of(conditioning: list) -> dict[str, Any]:
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     facts = {"shapes": [list(tensor.shape) for tensor in tensors], "sha256": digest.hexdigest()}
     return {**facts, "contexts": texts} if (texts := context_texts(conditioning)) else facts
+
+
+def same_prompt(one: list, other: list) -> bool:
+    """Whether two conditionings are surely equal."""
+
+    def equal(a: Any, b: Any) -> bool:
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            return torch.equal(a, b)
+        return a is b or (isinstance(a, str | int | float | tuple) and a == b)
+
+    return len(one) == len(other) and all(
+        equal(a[0], b[0])
+        and a[1].keys() == b[1].keys()
+        and all(equal(a[1][key], b[1][key]) for key in a[1] if key != TEXT)
+        for a, b in zip(one, other, strict=True)
+    )
 
 
 def _mark(entry: Any) -> int | None:

@@ -9,7 +9,6 @@ from typing import Any
 import comfyui_version
 import torch
 from comfy.model_patcher import ModelPatcher
-from torch import Tensor
 
 from ...errors import MedSteerError
 from ...extraction.affine import affine_map
@@ -26,7 +25,7 @@ from ..patching.levels import is_flow
 from ..patching.patch import observed, plan_of
 from ..patching.sites import find_sites, output_width
 from . import runs as sampling
-from .contexts import TEXT, context_texts, contexts_of, prompt_of
+from .contexts import context_texts, contexts_of, prompt_of, same_prompt
 from .extraction_request import MEAN_DIFFERENCE, PAIRED, SAME_STATE, UNPAIRED, Request
 from .gathering import Batch, Gathering
 
@@ -58,7 +57,7 @@ def extract(model: ModelPatcher, request: Request, tell: Callable[[str], None] =
         )
     if request.noise not in (PAIRED, UNPAIRED, SAME_STATE):
         raise MedSteerError(f"noise is '{request.noise}'; 'paired', 'unpaired' or 'same state' was expected.")
-    if _same(request.present, request.absent):
+    if same_prompt(request.present, request.absent):
         raise MedSteerError(
             "The prompts 'present' and 'absent' are the same, so there is no direction between them. Give two "
             "different prompts, one with the finding and one without it; if their texts do differ, the text encoder "
@@ -203,19 +202,3 @@ def _text(request: Request, name: str) -> str | None:
 def _numbers(images: range) -> list[int]:
     """A range as [start, stop], or [start, stop, step]: `range(*numbers)` is the range."""
     return [images.start, images.stop] if images.step == 1 else [images.start, images.stop, images.step]
-
-
-def _same(one: list, other: list) -> bool:
-    """Whether two conditionings are surely equal. With unpaired noise they would still give a direction: of noise."""
-
-    def equal(a: Any, b: Any) -> bool:
-        if isinstance(a, Tensor) and isinstance(b, Tensor):
-            return torch.equal(a, b)
-        return a is b or (isinstance(a, str | int | float | tuple) and a == b)
-
-    return len(one) == len(other) and all(
-        equal(a[0], b[0])
-        and a[1].keys() == b[1].keys()
-        and all(equal(a[1][key], b[1][key]) for key in a[1] if key != TEXT)
-        for a, b in zip(one, other, strict=True)
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,9 +20,8 @@ from ...vectors.pathology_vector import PathologyVector
 from ...vectors.recipe import recipe
 from ..patching.fingerprint import fingerprint
 from ..patching.patch import KEY
-from .contexts import prompt_of
+from .contexts import prompt_of, same_prompt
 from .pair_request import PairRequest
-from .paired_noise import takes_noise
 from .run_facts import Indescribable, plain
 
 BY_SEED = "seed"
@@ -38,11 +38,12 @@ def records_of(
     rest of the image fast, one for each image.
     """
     shared = _shared(model, plan, request)
+    same = request.counterfactual is None or same_prompt(request.positive, request.counterfactual)
     images = [_of_image(request, latents, noise, index) for index in range(len(latents))]
     return [
         {
             **ids,
-            "changes_nothing": all(steering.operator.is_identity for steering in plan.scaled(multiple).steerings),
+            "changes_nothing": same and all(s.operator.is_identity for s in plan.scaled(multiple).steerings),
             "made": {**shared, **own, "lock": held, "multiple": float(multiple)},
         }
         for multiple in request.multiples
@@ -80,8 +81,9 @@ def _shared(model: ModelPatcher, plan: SteeringPlan, request: PairRequest) -> di
         "model": {**fingerprint(model), **({"also": also} if (also := _other_patches(model)) else {})},
         "prompts": {
             name: {"text": request.texts.get(name), **prompt_of(getattr(request, name))}
-            for name in ("positive", "negative")
+            for name in ("positive", "negative", *(() if request.counterfactual is None else ("counterfactual",)))
         },
+        **({} if request.counterfactual is None else {"counterfactual_start": float(request.start_percent)}),
         "sampler": schedule.sampler_name,
         **_sampler_options(schedule.sampler),
         "scheduler": schedule.scheduler,
@@ -126,7 +128,9 @@ def _of_image(
 def _by_batch(request: PairRequest, latent: Tensor, has_indices: bool) -> bool:
     """Whether the image's noise depends on how many images the batch had."""
     drawn_at_once = not has_indices and latent.numel() % 16 != 0  # how PyTorch fills a tensor of noise
-    return drawn_at_once or takes_noise(request.schedule.sampler.sampler_function)
+    function = getattr(request.schedule.sampler, "sampler_function", None)
+    # A sampler that draws noise as it goes draws it for the whole batch.
+    return drawn_at_once or (function is not None and "noise_sampler" in inspect.signature(function).parameters)
 
 
 def _steering(steering: Steering, vectors: Mapping[int, dict[str, Any]]) -> dict[str, Any]:

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from .runs import Schedule
 
-OPEN, CONCEPT, USER = "none", "concept map", "user"
-LOCKS = (OPEN, CONCEPT)
+OPEN, CONCEPT, PREDICTION, USER = "none", "concept map", "prediction difference", "user"
+LOCKS = (OPEN, CONCEPT, PREDICTION)
+ALL, IN_MASK = "all", "in the mask"
+COMPUTED = (IN_MASK, ALL)
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,8 +22,11 @@ class PairRequest:
 
     latent: a LATENT of B images; noise: a NOISE of ComfyUI's, in the place of the seed's
     multiples: one counterfactual for each, times the strengths that Steer set
-    mask: (1 or B, H, W), where the image may change, before `lock`; threshold, dilation: for lock `CONCEPT`, the
+    mask: (1 or B, H, W), where the image may change, before `lock`; threshold, dilation: for the locks by a map, the
     share of the map's largest value, and latent pixels
+    computed_tokens: `ALL`, or `IN_MASK`: those of the mask alone where the model allows it; kept_gigabytes: what the
+    factual run may keep for that, 0 for half of what is free
+    counterfactual: a CONDITIONING that takes the positive's place from ``start_percent`` of the denoising on
     """
 
     positive: list
@@ -36,4 +41,8 @@ class PairRequest:
     threshold: float = 0.2
     dilation: int = 1
     noise: Any = None
-    texts: Mapping[str, str | None] = field(default_factory=dict)  # of positive and negative, where known
+    texts: Mapping[str, str | None] = field(default_factory=dict)  # of the prompts, where known
+    counterfactual: list | None = None
+    start_percent: float = 0.45
+    computed_tokens: str = ALL
+    kept_gigabytes: float = 0.0

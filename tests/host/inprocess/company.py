@@ -29,6 +29,7 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_custom_sampler import Guider_DualCFG
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from comfy_extras.nodes_hooks import SetModelHooksOnCond
+from comfy_extras.nodes_mahiro import Mahiro
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete, ModelSamplingSD3
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from comfy_extras.nodes_sag import SelfAttentionGuidance
@@ -154,7 +155,7 @@ def lora_file(model: ModelPatcher) -> dict[str, Tensor]:
 
 def core_lora(double: bool) -> Scene:
     scene = start("ltxv", double)
-    return replace(scene, model=comfy.sd.load_lora_for_models(scene.model, None, lora_file(scene.model), 1.0, 0.0)[0])
+    return replace(scene, model=_with_lora(scene.model))
 
 
 PEFT_LAYERS = ("attn1.to_q", "attn2.to_q", "attn2.to_out.0")
@@ -266,6 +267,12 @@ def lazycache(double: bool) -> Scene:
     return replace(scene, model=add_lazycache(scene.model))
 
 
+def mahiro(double: bool) -> Scene:
+    """Guidance that averages over all images of the batch."""
+    scene = start(PIXART, double)
+    return replace(scene, model=Mahiro.execute(scene.model).result[0])
+
+
 def shift(double: bool) -> Scene:
     scene = start("wan_i2v", double)
     return replace(scene, model=ModelSamplingSD3().patch(scene.model, 5.0)[0])
@@ -300,7 +307,16 @@ def fp8(double: bool) -> Scene:
 def low_vram(double: bool) -> Scene:
     """No weight is on the device before its layer runs, and a LoRA is added to each as it comes."""
     scene = start("anima", double)
-    model = comfy.sd.load_lora_for_models(scene.model, None, lora_file(scene.model), 1.0, 0.0)[0]
+    return offloaded(replace(scene, model=_with_lora(scene.model)))
+
+
+def _with_lora(model: ModelPatcher) -> ModelPatcher:
+    return comfy.sd.load_lora_for_models(model, None, lora_file(model), 1.0, 0.0)[0]
+
+
+def offloaded(scene: Scene) -> Scene:
+    """The scene with its weights off the device until their layer runs."""
+    model = scene.model.clone()
 
     def offload(patcher: ModelPatcher) -> None:
         patcher.unpatch_model(CPU)
@@ -321,7 +337,8 @@ def hooks(double: bool) -> Scene:
 ALL: dict[str, Callable[[bool], Scene]] = {
     "LoRA": core_lora, "PEFT LoRA": load_peft_lora, "ControlNet": controlnet, "areas": areas, "masks": masks,
     "timestep ranges": timesteps, "DualCFG": dual_cfg, "cfg 1": cfg_one, "PAG": perturbed_attention,
-    "SAG": self_attention, "EasyCache": easycache, "LazyCache": lazycache, "shift": shift, "zero SNR": zero_snr,
-    "torch.compile": compiled, "fp8": fp8, "low VRAM": low_vram, "hooks": hooks,
+    "SAG": self_attention, "EasyCache": easycache, "LazyCache": lazycache, "Mahiro": mahiro, "shift": shift,
+    "zero SNR": zero_snr, "torch.compile": compiled, "fp8": fp8, "low VRAM": low_vram, "hooks": hooks,
 }  # fmt: skip
-UNPAIRED = ("DualCFG", "EasyCache", "LazyCache")  # Counterfactual Sampler refuses it, or has a guider of its own
+UNPAIRED = ("DualCFG",)  # Counterfactual Sampler has a guider of its own
+CACHES = ("EasyCache", "LazyCache")  # what they skip depends on what they have seen, so half a run is another run

@@ -17,7 +17,7 @@ from pairs import SIZE, square_mask, started
 from medsteer_core.dataset.pair_dataset import PairDataset
 from medsteer_core.dataset.png import XMP_KEY
 from medsteer_core.dataset.records import STRENGTH_ZERO
-from medsteer_core.dataset.saving import CONCEPT_MAP, SaveRequest, save_pairs
+from medsteer_core.dataset.saving import MAPS, SaveRequest, save_pairs
 from medsteer_core.errors import MedSteerError
 from medsteer_core.judges.judge import Answers
 from medsteer_core.scores.images import compare
@@ -160,7 +160,7 @@ def test_a_concept_map_marks_from_the_locks_share_of_its_largest_value_on(datase
     for threshold, area in ((None, 96), (0.4, 96), (0.6, 1)):
         lock = {} if threshold is None else {"threshold": threshold}
         records = [started(1, lock=lock), started(2, lock=lock)]
-        saved = save_pairs(dataset, request(mask=concept, mask_source=CONCEPT_MAP, records=records))
+        saved = save_pairs(dataset, request(mask=concept, mask_source=MAPS[0], records=records))
         assert [int((opened(dataset, r, "mask") == 255).sum()) for r in saved.records] == [area, area]
         assert {r["mask_source"] for r in saved.records} == {"concept map"}
 

@@ -1,20 +1,26 @@
-"""The factual image and its counterfactuals in one run equal separate runs, at fewer model rows."""
+"""The factual image and its counterfactuals equal separate runs, the factual to the last bit, at fewer model rows."""
 
 from dataclasses import replace
 
-import comfy.conds
+import comfy.k_diffusion.sampling as k_diffusion
+import comfy.sample
 import comfy.samplers
 import pytest
 import tiny
 import torch
+from comfy_extras.nodes_custom_sampler import Noise_RandomNoise
 from medsteer_pack.medsteer_core.errors import MedSteerError
 from medsteer_pack.medsteer_core.host.patching.patch import plan_of
 from medsteer_pack.medsteer_core.host.patching.patch import steered as patch_steered
 from medsteer_pack.medsteer_core.host.sampling import counterfactual
 from medsteer_pack.medsteer_core.host.sampling import runs as sampling
-from medsteer_pack.medsteer_core.host.sampling.counterfactual import CONCEPT, PairRequest, multiples_of, sample_pair
-from medsteer_pack.medsteer_core.host.sampling.paired_conds import fit_to_block
-from medsteer_pack.medsteer_core.host.sampling.paired_noise import check_pairable
+from medsteer_pack.medsteer_core.host.sampling.counterfactual import (
+    CONCEPT,
+    OPEN,
+    PairRequest,
+    multiples_of,
+    sample_pair,
+)
 from medsteer_pack.medsteer_core.steering.token_map import (
     TokenChange,
     mask_for_latent,
@@ -59,7 +65,7 @@ def close(one, other):
 def test_it_equals_two_separate_runs(double, sampler):
     steered = tiny.steered(double, tiny.vector(double), operator="suppress", strength=2.0, start=0.3)
     pair = sample_pair(steered, request(steered, sampler=sampler))
-    assert close(pair.factual, separate(double, sampler=sampler))
+    assert torch.equal(pair.factual, separate(double, sampler=sampler))
     assert close(pair.counterfactual, separate(steered, sampler=sampler))
     assert (pair.factual - pair.counterfactual).abs().mean() > 1e-3
 
@@ -67,7 +73,43 @@ def test_it_equals_two_separate_runs(double, sampler):
 def test_in_float32_as_well(pixart):
     steered = tiny.steered(pixart, tiny.vector(pixart), operator="suppress", strength=2.0)
     pair = sample_pair(steered, request(steered))
-    assert close(pair.factual, separate(pixart)) and close(pair.counterfactual, separate(steered))
+    assert torch.equal(pair.factual, separate(pixart)) and torch.equal(pair.counterfactual, separate(steered))
+
+
+# dpm_adaptive chooses its steps by what it sees, and ar_video keeps what it has seen in the model.
+SHARING = [name for name in sampling.SAMPLERS if name not in ("dpm_adaptive", "ar_video")]
+
+
+@pytest.mark.parametrize("lock", [OPEN, CONCEPT])
+@pytest.mark.parametrize("sampler", SHARING)
+def test_the_factual_is_ksamplers_with_every_sampler(pixart, sampler, lock):
+    steered = tiny.steered(pixart, tiny.vector(pixart), operator="suppress", strength=2.0, start=0.3)
+    pair = sample_pair(steered, request(steered, sampler=sampler, lock=lock, threshold=0.8))
+    assert torch.equal(pair.factual, separate(pixart, sampler=sampler))
+    assert (pair.factual - pair.counterfactual).abs().mean() > 1e-4
+    if lock == OPEN:
+        assert torch.equal(pair.counterfactual, separate(steered, sampler=sampler))
+    else:
+        outside = pair.mask[:, None, ::8, ::8].expand_as(pair.factual) == 0
+        assert torch.equal(pair.counterfactual[outside], pair.factual[outside])
+
+
+def test_noise_that_a_sampler_draws_without_a_seed_of_its_own_is_the_same_in_both(pixart):
+    """Churn draws from torch's own random numbers, which a run begins with where KSampler begins."""
+    steered = tiny.steered(pixart, tiny.vector(pixart), operator="suppress", strength=0.5, start=0.3)
+    churned = comfy.samplers.ksampler("euler", {"s_churn": 0.5, "s_noise": 1.0})
+    asked = request(steered)
+    pair = sample_pair(steered, replace(asked, schedule=replace(asked.schedule, sampler=churned)))
+    assert not torch.equal(pair.factual, separate(pixart))
+    again = sample_pair(steered, replace(asked, schedule=replace(asked.schedule, sampler=churned)))
+    assert torch.equal(pair.factual, again.factual) and torch.equal(pair.counterfactual, again.counterfactual)
+    with torch.random.fork_rng():
+        noise = Noise_RandomNoise(11).generate_noise({"samples": asked.latent["samples"]})
+        alone = comfy.sample.sample_custom(
+            pixart, noise, 3.0, churned, asked.schedule.sigmas, tiny.cond(1), tiny.cond(2), asked.latent["samples"],
+            seed=11, disable_pbar=True,
+        )  # fmt: skip
+    assert torch.equal(pair.factual, alone)
 
 
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "dpmpp_2m_sde"])
@@ -107,13 +149,19 @@ def test_chained_steerings_and_named_rows(double):
 
 
 @pytest.mark.parametrize(("steps_before", "share"), [(0, 1.0), (5, 0.75), (8, 0.6)])
-def test_before_the_window_only_one_half_is_evaluated(pixart, steps_before, share):
+def test_a_counterfactual_costs_what_its_window_costs(pixart, steps_before, share):
     steered = tiny.steered(pixart, tiny.vector(pixart), operator="suppress", strength=2.0)
     sigmas = sampling.schedule(pixart, 10, "euler", "normal").sigmas
     steering = replace(plan_of(steered).steerings[0], window=SigmaWindow(float(sigmas[steps_before]), 0.0))
     steered = patch_steered(pixart, steering)
     two_runs = 2 * rows_of(pixart, lambda: separate(pixart, steps=10))
-    assert rows_of(pixart, lambda: sample_pair(steered, request(steered, steps=10))) == share * two_runs
+    for lock in (OPEN, CONCEPT):  # the map comes with the factual, at no extra run
+        asked = request(steered, steps=10, lock=lock)
+        assert rows_of(pixart, lambda asked=asked: sample_pair(steered, asked)) == share * two_runs
+        assert f"cost: {2 * share:.2f} times one image" in sample_pair(steered, asked).summary
+    many = request(steered, steps=10, multiples=(0.5, 1.0, 1.5))
+    rows = (1 + 3 * (2 * share - 1)) * two_runs / 2
+    assert rows_of(pixart, lambda: sample_pair(steered, many)) == pytest.approx(rows)
 
 
 def test_the_model_is_left_as_it_was_after_success_error_and_interrupt(pixart, monkeypatch):
@@ -185,22 +233,34 @@ def test_a_model_without_steering_is_refused(pixart):
         sample_pair(pixart, request(pixart))
 
 
-@pytest.mark.parametrize(
-    ("sampler", "reason"),
-    [(comfy.samplers.sampler_object("dpm_adaptive"), "chooses its steps from the whole batch"),
-     (comfy.samplers.ksampler("euler", {"s_churn": 0.5}), "s_churn draws other noise"),
-     (comfy.samplers.sampler_object("euler_cfg_pp"), "unconditional prediction"),
-     (comfy.samplers.Sampler(), "does not let its noise be given")],
-)  # fmt: skip
-def test_samplers_that_cannot_be_paired_are_refused(sampler, reason):
-    with pytest.raises(MedSteerError, match=reason):
-        check_pairable(sampler)
+def test_a_sampler_that_chooses_its_steps_is_refused_where_something_would_be_shared(pixart):
+    late = tiny.steered(pixart, tiny.vector(pixart), operator="suppress", strength=3.0, start=0.1)
+    with pytest.raises(MedSteerError, match="chooses its steps by what it sees"):
+        sample_pair(late, request(late, sampler="dpm_adaptive", mask=torch.eye(8)[None]))
+    whole = tiny.steered(pixart, tiny.vector(pixart), operator="suppress", strength=3.0)
+    pair = sample_pair(whole, request(whole, sampler="dpm_adaptive"))
+    assert torch.equal(pair.factual, separate(pixart, sampler="dpm_adaptive"))
+    assert torch.equal(pair.counterfactual, separate(whole, sampler="dpm_adaptive"))
 
 
-def test_ddim_is_refused_with_an_inpainting_mask_only():
-    check_pairable(comfy.samplers.sampler_object("ddim"))
-    with pytest.raises(MedSteerError, match="inpainting mask"):
-        check_pairable(comfy.samplers.sampler_object("ddim"), masked=True)
+def test_a_sampler_that_keeps_what_it_saw_in_the_model_is_refused(pixart):
+    steered = tiny.steered(pixart, tiny.vector(pixart))
+    with pytest.raises(MedSteerError, match="ar_video keeps what it has seen"):
+        sample_pair(steered, request(steered, sampler="ar_video"))
+
+
+def test_a_run_that_does_not_do_the_same_twice_is_found(pixart):
+    """A sampler whose noise comes from nowhere: the counterfactual would begin elsewhere than the factual."""
+    steered = tiny.steered(pixart, tiny.vector(pixart), start=0.5)
+    draws = iter(range(100))
+
+    def restless(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        return k_diffusion.sample_euler(model, x + next(draws), sigmas, extra_args, callback, disable)
+
+    asked = request(steered)
+    with pytest.raises(MedSteerError, match="does not do the same twice"):
+        schedule = replace(asked.schedule, sampler=comfy.samplers.KSAMPLER(restless))
+        sample_pair(steered, replace(asked, schedule=schedule))
 
 
 @pytest.mark.parametrize("text", ["", " , ", "one", "1;2", "nan", "1, inf"])
@@ -277,23 +337,3 @@ def test_the_node_gives_latents_masks_and_words(pixart):
     assert record["made"]["seed"] == 3 and record["made"]["steering"][0]["operator"] == "suppress"
     assert factual["samples"].shape == other["samples"].shape == (1, 4, 8, 8)
     assert concept_map.shape == mask.shape == (1, 64, 64) and "mask_source: none" in summary
-
-
-@pytest.mark.parametrize("images", [1, 2])
-def test_images_beside_the_latents_reach_every_block_or_are_refused(images):
-    """ComfyUI spreads them over the call's rows as 0, 0, 1, 1: for two images no block would have its own."""
-    values = torch.arange(float(images)).repeat_interleave(2).view(-1, 1, 1, 1)
-    conds = {"positive": [{"model_conds": {"c_concat": comfy.conds.CONDNoiseShape(values)}}]}
-    if images == 1:
-        fit_to_block(conds, images, 2)
-        assert len(conds["positive"][0]["model_conds"]["c_concat"].cond) in (1, images)
-    else:
-        with pytest.raises(MedSteerError, match="Make one pair at a time"):
-            fit_to_block(conds, images, 2)
-
-
-def test_a_batched_prompt_begins_anew_in_every_block():
-    prompts = torch.arange(2.0).view(2, 1, 1)
-    conds = {"positive": [{"model_conds": {"c_crossattn": comfy.conds.CONDRegular(prompts)}}]}
-    fit_to_block(conds, 3, 2)
-    assert conds["positive"][0]["model_conds"]["c_crossattn"].cond.flatten().tolist() == [0, 1, 0]
