@@ -106,6 +106,18 @@ class CounterfactualSampler(io.ComfyNode):
                     optional=True,
                     tooltip="Where the counterfactual prompt begins: 0 is pure noise, 1 the finished image.",
                 ),
+                io.Int.Input(
+                    "lock_smoothing",
+                    default=0,
+                    min=0,
+                    max=16,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "For a lock by a map: how often the map is smoothed before the threshold. 1 with threshold 0.3 "
+                        "gives rounder masks of about the same size as 0 with 0.2."
+                    ),
+                ),
                 io.Combo.Input(
                     "computed_tokens",
                     options=list(COMPUTED),
@@ -174,6 +186,7 @@ class CounterfactualSampler(io.ComfyNode):
         mask=None,
         counterfactual=None,
         counterfactual_start=0.45,
+        lock_smoothing=0,
         computed_tokens=ALL,
         kept_memory=0.0,
     ) -> io.NodeOutput:
@@ -192,6 +205,7 @@ class CounterfactualSampler(io.ComfyNode):
             noise=noise,
             counterfactual=counterfactual,
             start_percent=counterfactual_start,
+            smoothing=lock_smoothing,
             computed_tokens=computed_tokens,
             kept_gigabytes=kept_memory,
             texts={name: prompt_text(cls.hidden.prompt, cls.hidden.unique_id, name) for name in PROMPTS},

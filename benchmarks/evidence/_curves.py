@@ -15,6 +15,8 @@ EPSILON = 1e-9
 # Okabe and Ito's colours, and a marker each, so that neither alone has to tell the methods apart.
 STYLES = {
     "ours": ("#D55E00", "o"),
+    "ours_sparse": ("#8B3A00", "P"),
+    "prompt_locked": ("#555555", "*"),
     "medsteer": ("#E69F00", "s"),
     "polypsteer": ("#CC79A7", "D"),
     "reprompt": ("#000000", "v"),
@@ -24,7 +26,8 @@ STYLES = {
 }
 CONTROL_STYLES = {"random_direction": "x", "other_vector": "+"}
 LABELS = {
-    "ours": "ours", "medsteer": "MedSteer preset", "polypsteer": "PolypSteer preset", "reprompt": "re-prompting",
+    "ours": "ours", "ours_sparse": "ours, mask's tokens", "prompt_locked": "prompt switch under the lock",
+    "medsteer": "MedSteer preset", "polypsteer": "PolypSteer preset", "reprompt": "re-prompting",
     "sdedit": "SDEdit", "ddim_inversion": "DDIM inversion", "pnp": "Plug-and-Play",
     "random_direction": "control: random direction", "other_vector": "control: another vector",
 }  # fmt: skip

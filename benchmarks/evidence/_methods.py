@@ -18,7 +18,8 @@ from medsteer_core.steering.operators import Operator
 from medsteer_core.vectors.pathology_vector import PathologyVector, SiteDirections
 from medsteer_core.vectors.random_direction import drawn, normal_weights
 
-METHODS = ("ours", "medsteer", "polypsteer", "reprompt", "sdedit", "ddim_inversion", "pnp")
+OURS = ("ours", "ours_sparse", "prompt_locked")
+METHODS = (*OURS, "medsteer", "polypsteer", "reprompt", "sdedit", "ddim_inversion", "pnp")
 CONTROLS = ("random_direction", "strength_0", "other_vector")
 BASELINES = ("reprompt", "sdedit", "ddim_inversion", "pnp")
 
@@ -63,6 +64,8 @@ def methods(lab: Lab, vectors: Vectors, pair: Pair, presets: Presets) -> dict[st
     ours, medsteer = presets.ours_for(pair), presets.medsteer
     made = [
         _steering("ours", lab, vectors, pair, ours),
+        _steering("ours_sparse", lab, vectors, pair, ours, sparse=True),
+        _prompt_locked(lab, pair, ours),
         _steering("medsteer", lab, vectors, pair, medsteer),
         _steering("polypsteer", lab, vectors, pair, presets.polypsteer),
         *_baseline_methods(lab, pair),
@@ -75,23 +78,39 @@ def methods(lab: Lab, vectors: Vectors, pair: Pair, presets: Presets) -> dict[st
 
 def _steering(
     name: str, lab: Lab, vectors: Vectors, pair: Pair, preset: Preset, of: Pair | None = None,
-    strengths: tuple[float, ...] = (),
+    strengths: tuple[float, ...] = (), sparse: bool = False,
 ) -> Method:  # fmt: skip
-    """Steering by a preset, with the vector of the pair itself or ``of`` another."""
+    """Steering by a preset, with the pair's vector or that ``of`` another; ``sparse``: the lock's tokens alone."""
     of = of or pair
+    tokens = {"computed_tokens": "in the mask"} if sparse else {}
 
     def run(chunk: Chunk, strength: float) -> Tensor:
         model = steered(lab, vectors.vector(of, preset.noise, preset.samples), preset, strength)
         if preset.lock != "none" and strength != 0:  # at strength 0 there is no concept map, and nothing to lock
-            return locked(lab, model, preset, lab.prompt(pair.source), chunk.noise)
+            return locked(lab, model, preset, lab.prompt(pair.source), chunk.noise, **tokens)
         return lab.sample(model, lab.prompt(pair.source), chunk.noise)
 
     swept = {"strengths", "headline"}
-    settings = {key: value for key, value in asdict(preset).items() if key not in swept} | {"vector": of.name}
+    settings = {key: value for key, value in asdict(preset).items() if key not in swept} | {"vector": of.name, **tokens}
     values, headline = (strengths, strengths[0]) if strengths else (preset.strengths, preset.headline)
-    runs = 1.0 if preset.lock == "none" else 2.0 + _share_steered(preset)
+    runs = 1.0 if preset.lock == "none" else 1.0 + _share_steered(preset)  # of a locked pair, its factual included
     needed = ((of, preset.noise, preset.samples),)
     return Method(name, "strength", values, headline, settings, run, lambda value: runs, needed)
+
+
+def _prompt_locked(lab: Lab, pair: Pair, preset: Preset) -> Method:
+    """The target's prompt from where our preset steers, locked by the predictions' difference where ours is locked."""
+    lock = "none" if preset.lock == "none" else "prediction difference"
+
+    def run(chunk: Chunk, start: float) -> Tensor:
+        changes = {"counterfactual": lab.prompt(pair.target), "start_percent": start, "lock": lock,
+                   "computed_tokens": "in the mask"}  # fmt: skip
+        return locked(lab, lab.model, preset, lab.prompt(pair.source), chunk.noise, **changes)
+
+    sweep = _presets.PROMPT_LOCKED
+    settings = {"lock": lock, "threshold": preset.lock_threshold, "dilation": preset.lock_dilation}
+    return Method("prompt_locked", sweep.parameter, sweep.values, sweep.headline, settings, run,
+                  lambda start: 2.0 - start)  # fmt: skip
 
 
 def _share_steered(preset: Preset) -> float:
@@ -110,15 +129,20 @@ class GivenNoise:
         return self.noise
 
 
-def locked(lab: Lab, model: Any, preset: Preset, positive: list, noise: Tensor) -> Tensor:
-    """The latents of Counterfactual Sampler's counterfactuals under the preset's lock, `BATCH` images at a time."""
-    from medsteer_core.host.sampling.counterfactual import PairRequest, sample_pair
+def locked(lab: Lab, model: Any, preset: Preset, positive: list, noise: Tensor, **changes: Any) -> Tensor:
+    """The latents of Counterfactual Sampler's counterfactuals under the preset's lock, `BATCH` images at a time.
+
+    ``changes`` are other fields of its request.
+    """
+    from medsteer_core.host.sampling.counterfactual import sample_pair
+    from medsteer_core.host.sampling.pair_request import PairRequest
 
     parts = []
     for part in noise.split(BATCH):
         request = PairRequest(
             positive, lab.conditioning(""), {"samples": torch.zeros_like(part)}, 0, CFG, lab.schedule,
-            lock=preset.lock, threshold=preset.lock_threshold, dilation=preset.lock_dilation, noise=GivenNoise(part),
+            threshold=preset.lock_threshold, dilation=preset.lock_dilation, noise=GivenNoise(part),
+            **{"lock": preset.lock, **changes},
         )  # fmt: skip
         parts.append(sample_pair(model, request).counterfactual)
     return torch.cat(parts)

@@ -185,6 +185,8 @@ class Sweep:
 # Reported is what everybody means by re-prompting: the other prompt from the first step. Of the others, the one that
 # keeps most structure among those that flip at least 0.9 of 12 development seeds in two of three pairs.
 REPROMPT = Sweep("share before the prompt changes", (0.0, 0.2, 0.35, 0.5, 0.65), 0.0)
+# Counterfactual Sampler's other way: the prompt changes where our presets begin to steer.
+PROMPT_LOCKED = Sweep("start", (0.25, 0.35, 0.45, 0.55), 0.45)
 SDEDIT = Sweep("denoise", (0.3, 0.45, 0.6, 0.75), 0.45)
 DDIM_INVERSION = Sweep("depth of the inversion", (0.4, 0.6, 0.8, 1.0), 0.6)
 PNP = Sweep("share of steps injected", (0.2, 0.35, 0.5, 0.7), 0.5)

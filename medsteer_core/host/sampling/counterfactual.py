@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...errors import MedSteerError
 from ...steering.plan import SteeringPlan
-from ...steering.token_map import mask_for_latent, threshold_mask
+from ...steering.token_map import mask_for_latent, smoothed, threshold_mask
 from ..patching.checks import check_reachable
 from ..patching.patch import plan_of
 from .pair_record import lock_of, records_of
@@ -75,6 +75,7 @@ def sample_pair(model: ModelPatcher, request: PairRequest) -> Pair:
     shown = changes.maps(*run.size) if changes.seen else None
     if request.lock == PREDICTION:
         shown = run.prediction_difference()
+    shown = None if shown is None else smoothed(shown, request.smoothing)
     allowed, source = _allowed(run, given, shown)
     counterfactual = torch.cat([run.counterfactual(part, allowed) for part in plans])
     images = len(run.latents)

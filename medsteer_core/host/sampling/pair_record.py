@@ -59,7 +59,9 @@ def lock_of(request: PairRequest, allowed: Tensor | None, source: str, images: i
     if allowed is None:
         return [{"mask_source": source}] * images
     if request.mask is None:
-        return [{"mask_source": source, "threshold": request.threshold, "dilation": request.dilation}] * images
+        rule = {"threshold": request.threshold, "dilation": request.dilation}
+        more = {"smoothing": request.smoothing} if request.smoothing else {}
+        return [{"mask_source": source, **rule, **more}] * images
     return [{"mask_source": source, "mask": tensor_hash(mask)} for mask in allowed]
 
 

@@ -23,7 +23,7 @@ class PairRequest:
     latent: a LATENT of B images; noise: a NOISE of ComfyUI's, in the place of the seed's
     multiples: one counterfactual for each, times the strengths that Steer set
     mask: (1 or B, H, W), where the image may change, before `lock`; threshold, dilation: for the locks by a map, the
-    share of the map's largest value, and latent pixels
+    share of the map's largest value, and latent pixels; smoothing: how often the map is smoothed before
     computed_tokens: `ALL`, or `IN_MASK`: those of the mask alone where the model allows it; kept_gigabytes: what the
     factual run may keep for that, 0 for half of what is free
     counterfactual: a CONDITIONING that takes the positive's place from ``start_percent`` of the denoising on
@@ -44,5 +44,6 @@ class PairRequest:
     texts: Mapping[str, str | None] = field(default_factory=dict)  # of the prompts, where known
     counterfactual: list | None = None
     start_percent: float = 0.45
+    smoothing: int = 0
     computed_tokens: str = ALL
     kept_gigabytes: float = 0.0

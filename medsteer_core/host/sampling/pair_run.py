@@ -28,7 +28,8 @@ from .paired_guiders import COUNTERFACTUAL, AtStates, ConditionGuider, Recording
 from .run_record import Answer, RunRecord
 
 HALO = 0  # tokens that are computed around those of the mask, which `dilation` has grown already
-MAP_CALLS = 3  # of the window's calls, those at which two prompts' predictions are compared
+MAP_CALLS = 3  # of the window's calls, those at which two prompts' predictions are compared,
+MAP_FROM = 0.25  # and the share of the calls before them: the first ones' differences lie all over the image
 
 
 class PairRun:
@@ -139,7 +140,8 @@ class PairRun:
         """(B, H, W): how far the two prompts' predictions lie apart on the way of the factual, 1 at the largest."""
         if self.takes_over is None:
             return torch.zeros(len(self.latents), *self.size)
-        answers = _some([answer for answer in self.record if answer.sigma in self.takes_over], MAP_CALLS)
+        answers = [answer for answer in self.record if answer.sigma in self.takes_over]
+        answers = _some(answers[int(len(answers) * MAP_FROM) :], MAP_CALLS)
         guider = ConditionGuider(with_plan(self.model, SteeringPlan()))
         probe = AtStates(answers)
         self._sample(guider, probe, positive=self.request.counterfactual)

@@ -11,7 +11,7 @@ from medsteer_pack.medsteer_core.host.patching.levels import window
 from medsteer_pack.medsteer_core.host.sampling import runs as sampling
 from medsteer_pack.medsteer_core.host.sampling.counterfactual import CONCEPT, PREDICTION, PairRequest, sample_pair
 from medsteer_pack.medsteer_core.host.sampling.pair_request import IN_MASK
-from medsteer_pack.medsteer_core.steering.token_map import prediction_map
+from medsteer_pack.medsteer_core.steering.token_map import prediction_map, smoothed
 from medsteer_pack.nodes.sampler import CounterfactualSampler
 
 from benchmarks.speed.paired import rows_of
@@ -156,3 +156,20 @@ def test_a_prediction_map_is_relative_and_ends_at_one():
     one[0, :, 1, 1] = 1.0
     assert prediction_map([(zero, one), (zero, 10 * one)])[0].tolist() == [[0.0, 1.0], [0.0, 0.5]]
     assert not prediction_map([(zero, zero)]).any()
+
+
+def test_a_smoothed_map_is_rounder_and_ends_at_one():
+    maps = torch.zeros(1, 5, 5)
+    maps[0, 2, 2] = 1.0
+    once = smoothed(maps, 1)
+    assert once[0, 2].tolist() == [0.0, 0.5, 1.0, 0.5, 0.0] and once[0, 1, 1] == 0.25
+    assert smoothed(maps, 0) is maps and not smoothed(torch.zeros(1, 3, 3), 2).any()
+    with pytest.raises(MedSteerError, match="lock_smoothing is -1"):
+        smoothed(maps, -1)
+
+
+def test_a_smoothed_lock_says_so_in_its_record(pixart):
+    pair = sample_pair(pixart, request(pixart, batch=1, lock=PREDICTION, smoothing=2, threshold=0.5))
+    assert pair.records[0]["made"]["lock"]["smoothing"] == 2
+    outside = pair.mask[:, None, ::8, ::8].expand_as(pair.factual) == 0
+    assert torch.equal(pair.counterfactual[outside], pair.factual[outside])
