@@ -209,12 +209,12 @@ def by_diffusers(transformer: Any, prompts: tuple, directions: list[Tensor]) -> 
 def measured(scene: Scene, repeats: int) -> dict[str, Any]:
     """Rows, seconds, ratios to a plain image of the same turn, and on CUDA the memory of each way."""
     ways: dict[str, dict[str, Any]] = {}
-    for name, way in scene.ways.items():  # once before anything is timed
-        rows, peak = with_peak(lambda way=way: token_rows_of(scene.model, way))
-        ways[name] = {"seconds": [], "rows": rows, "peak_bytes": peak}
+    scene.ways[PLAIN]()  # once before anything is timed
     for turn in range(repeats):
         for name, way in scene.ways.items():
-            ways[name]["seconds"].append(seconds(way))
+            (taken, rows), peak = with_peak(lambda way=way: token_rows_of(scene.model, lambda: seconds(way)))
+            found = ways.setdefault(name, {"seconds": [], "rows": rows, "peak_bytes": peak})
+            found["seconds"].append(taken)
         print(f"  {scene.name}: turn {turn + 1} of {repeats}", flush=True)
     for found in ways.values():
         found["ratios"] = [own / one for own, one in zip(found["seconds"], ways[PLAIN]["seconds"], strict=True)]
@@ -224,7 +224,7 @@ def measured(scene: Scene, repeats: int) -> dict[str, Any]:
     return ways
 
 
-def with_peak(way: Callable[[], float]) -> tuple[float, int | None]:
+def with_peak(way: Callable[[], Any]) -> tuple[Any, int | None]:
     """What ``way`` gives, and the most bytes that CUDA held meanwhile (None on the CPU)."""
     if not torch.cuda.is_available():
         return way(), None
@@ -240,17 +240,17 @@ def seconds(way: Callable[[], None]) -> float:
     return time.perf_counter() - begun
 
 
-def token_rows_of(model: Any, way: Callable[[], None]) -> float:
-    """As `rows_of`, each row for the share of its tokens that the first block's MLP is given."""
+def token_rows_of(model: Any, way: Callable[[], Any]) -> tuple[Any, float]:
+    """What ``way`` gives, and the rows as of `rows_of`, each for the share of its tokens that an MLP is given."""
     counted: list[tuple[int, int]] = []
     network = model.model.diffusion_model
     handle = network.blocks[0].mlp.register_forward_pre_hook(lambda _module, args: counted.append(args[0].shape[:2]))
     try:
-        way()
+        given = way()
     finally:
         handle.remove()
     most = max((tokens for _rows, tokens in counted), default=1)
-    return sum(rows * tokens for rows, tokens in counted) / most
+    return given, sum(rows * tokens for rows, tokens in counted) / most
 
 
 def rows_of(model: Any, way: Callable[[], None]) -> int:

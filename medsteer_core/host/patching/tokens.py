@@ -51,34 +51,42 @@ class KeptCall:
         tensors = [*self.keys_values, *([] if self.output is None else [self.output])]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
+    def move(self, device: torch.device) -> None:
+        """Hold everything on ``device``."""
+        self.keys_values = [tensor.to(device) for tensor in self.keys_values]
+        self.output = None if self.output is None else self.output.to(device)
+
 
 class KeptTokens:
     """What the calls of one run left, by moment, within a limit of bytes; nothing at all where it would not suffice.
 
-    ``calls``: how many are expected. ``left_out`` says why nothing is kept, "" where something is.
+    ``calls``: how many are expected; ``spare``: another device and its limit, for what does not fit where it is.
+    ``left_out`` says why nothing is kept, "" where something is.
     """
 
-    def __init__(self, limit: float, calls: int):
+    def __init__(self, limit: float, calls: int, spare: tuple[torch.device, float] | None = None):
         self.limit, self.calls, self.left_out = limit, calls, ""
         self.size = 0
+        self._spare, self._device = spare, None
         self._moments: dict[Moment, list[KeptCall]] = {}
 
     def __contains__(self, moment: Moment) -> bool:
         return moment in self._moments
 
-    def wants(self, moment: Moment) -> bool:
-        """Whether this prediction's calls are to be kept."""
-        return not self.left_out
-
     def add(self, moment: Moment, call: KeptCall) -> None:
-        """Keep a call, or let go of all where the limit would not hold them."""
+        """Keep a call; all move to the spare device, or are let go of, where the limit would not hold them."""
         self.size += call.size
-        if max(self.size, call.size * self.calls) > self.limit:
-            needed = max(self.size, call.size * self.calls)
+        self._moments.setdefault(moment, []).append(call)
+        needed = max(self.size, call.size * self.calls)
+        if needed > self.limit and self._spare is not None:
+            (self._device, self.limit), self._spare = self._spare, None
+            for kept in (kept for calls in self._moments.values() for kept in calls):
+                kept.move(self._device)
+        elif self._device is not None:
+            call.move(self._device)
+        if needed > self.limit:
             self.left_out = f"keeping them takes {needed / 1e9:.2f} GB, and {self.limit / 1e9:.2f} are allowed"
             self.clear()
-        else:
-            self._moments.setdefault(moment, []).append(call)
 
     def clear(self) -> None:
         """Let go of everything."""

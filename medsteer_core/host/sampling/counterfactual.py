@@ -87,7 +87,9 @@ def sample_pair(model: ModelPatcher, request: PairRequest) -> Pair:
         mask=run.enlarged(mask),
         mask_source=source,
         summary=_in_words(run, source, float(mask.mean())),
-        records=records_of(model, plan, request, run.latents, run.noise, lock_of(request, allowed, source, images)),
+        records=records_of(
+            model, plan, request, run.latents, run.noise, lock_of(request, allowed, source, images), run.computed
+        ),
     )
 
 

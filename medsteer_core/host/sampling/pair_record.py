@@ -30,14 +30,21 @@ _OWN_OPTIONS = ("wrappers", "callbacks", "medsteer_plan")
 
 
 def records_of(
-    model: ModelPatcher, plan: SteeringPlan, request: PairRequest, latents: Tensor, noise: Tensor, lock: _Lock
+    model: ModelPatcher,
+    plan: SteeringPlan,
+    request: PairRequest,
+    latents: Tensor,
+    noise: Tensor,
+    lock: _Lock,
+    computed: Mapping[str, int] | None = None,
 ) -> list[dict[str, Any]]:
     """A record (see dataset/records.py) for each counterfactual image: all images of the first multiple come first.
 
     ``latents (B, C, ...)`` are those that the run started from and ``noise`` what was added; ``lock``: what held the
-    rest of the image fast, one for each image.
+    rest of the image fast, one for each image; ``computed``: how many of how many tokens the counterfactuals computed,
+    where not all.
     """
-    shared = _shared(model, plan, request)
+    shared = _shared(model, plan, request) | ({} if computed is None else {"computed": dict(computed)})
     same = request.counterfactual is None or same_prompt(request.positive, request.counterfactual)
     images = [_of_image(request, latents, noise, index) for index in range(len(latents))]
     return [

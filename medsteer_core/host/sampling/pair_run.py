@@ -58,11 +58,12 @@ class PairRun:
         self._progress = _Progress(model, request.schedule.steps, 1 + counterfactuals)
         self.record, self.cost = RunRecord(), 0.0
         self.tokens = ""  # which were computed, in words
+        self.computed: dict[str, int] | None = None  # how many of how many, where not all were
         self._kept: KeptTokens | None = None
         self._token_model: TokenModel | None = None
         why = self._why_all()
         if why is None:
-            self._kept = KeptTokens(self._limit(), self._calls())
+            self._kept = KeptTokens(self._limit(), self._calls(), self._spare())
         elif why:
             self.tokens = f"all tokens computed: {why}"
 
@@ -83,6 +84,13 @@ class PairRun:
         if self.request.kept_gigabytes > 0:
             return self.request.kept_gigabytes * 1e9
         return comfy.model_management.get_free_memory(self.model.load_device) / 2
+
+    def _spare(self) -> tuple[torch.device, float] | None:
+        """Where ComfyUI puts what does not fit onto the device, and how many bytes may go there; None for nowhere."""
+        there = comfy.model_management.unet_offload_device()
+        if self.request.kept_gigabytes > 0 or there == self.model.load_device:
+            return None
+        return there, comfy.model_management.get_free_memory(there) / 2
 
     def _calls(self) -> int:
         levels = [float(sigma) for sigma in self.request.schedule.sigmas[:-1]]
@@ -155,6 +163,7 @@ class PairRun:
         if self._kept is not None and not self._kept.left_out and allowed is not None:
             index, tokens = token_index(allowed, self._token_model.patch, HALO)
             self.tokens = f"{index.shape[1] / tokens:.0%} of the tokens computed"
+            self.computed = {"tokens": index.shape[1], "of": tokens}
             some = self._kept, index, tokens
         guider = ReplayingGuider(
             with_plan(self.model, plan), self.record, self._starts_at(plan), allowed, self.takes_over, *some

@@ -54,8 +54,9 @@ def test_only_the_masks_tokens_are_computed_and_the_rest_stays(pixart, sampler):
     seen = tokens_seen(pixart, lambda: pairs.append(sample_pair(model, asked)))
     (pair,) = pairs
     assert set(seen) == {16, 6} and "38% of the tokens computed" in pair.summary
+    assert pair.records[0]["made"]["computed"] == {"tokens": 6, "of": 16}
     dense = sample_pair(model, replace(asked, computed_tokens=ALL))
-    assert torch.equal(pair.factual, dense.factual)
+    assert torch.equal(pair.factual, dense.factual) and "computed" not in dense.records[0]["made"]
     assert torch.equal(pair.counterfactual[outside(pair)], pair.factual[outside(pair)])
     inside = ~outside(pair)
     moved = (dense.counterfactual - dense.factual)[inside].norm()
@@ -234,3 +235,19 @@ def test_what_is_kept_is_counted_and_let_go_of():
     small = KeptTokens(limit=400, calls=2)  # the first call shows that two would not fit
     small.add((1.0, 0), call())
     assert small.left_out and small.size == 0 and (1.0, 0) not in small
+
+
+def test_what_does_not_fit_onto_the_device_goes_to_the_spare_one():
+    def call():
+        return KeptCall(("positive",), [torch.zeros(1, 4, 10)], torch.zeros(1, 4, 5))
+
+    spare = torch.device("meta")  # a device that tells where its tensors are, and holds nothing
+    kept = KeptTokens(limit=500, calls=2, spare=(spare, 600))
+    kept.add((1.0, 0), call())
+    assert kept.chunk((1.0, 0), "positive", 0, 0).device.type == "cpu"  # it fits where it is
+    roomy = KeptTokens(limit=100, calls=2, spare=(spare, 600))
+    for sigma in (1.0, 0.5):
+        roomy.add((sigma, 0), call())
+        assert roomy.chunk((sigma, 0), "positive", 0, None).device == spare
+    roomy.add((0.2, 0), call())  # more calls than were expected, and more than the spare device may hold
+    assert roomy.left_out and (1.0, 0) not in roomy
