@@ -1,8 +1,8 @@
 """The benchmarks that want a GPU, one after the other within a time limit: what a machine lent for minutes is used for.
 
 overhead, paired, determinism and memory, each a process of its own and as large as a few minutes on a GPU allow; with
-`--small` as small as a try on the CPU allows. Each one's record is kept in gpu.json with its exit status and seconds; one
-that fails or takes too long leaves the others their time.
+`--small` as small as a try on the CPU allows. Each one's record is kept in gpu.json with its exit status and seconds;
+one that fails or takes too long leaves the others their time.
 
     python dev.py bench gpu
     python dev.py bench gpu --cpu --small
@@ -16,7 +16,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,7 +70,8 @@ def one(module: str, name: str, words: list[str], chosen: argparse.Namespace, li
     """One benchmark in a process of its own: status (-1: out of time), seconds, its record, the end of its words."""
     folder = chosen.output / "gpu"
     command = [sys.executable, "-m", module, *words, "--output", str(folder), *(["--cpu"] if chosen.cpu else [])]
-    (folder / f"{name}.json").unlink(missing_ok=True)
+    file = folder / f"{name}.json"
+    file.unlink(missing_ok=True)
     begun = time.monotonic()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
@@ -88,7 +88,6 @@ def one(module: str, name: str, words: list[str], chosen: argparse.Namespace, li
     finally:
         if process.poll() is None:
             process.kill()
-    file = Path(folder / f"{name}.json")
     found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     return {"status": status, "seconds": round(time.monotonic() - begun, 1), "arguments": words, "said": said[-END:],
             "record": found}  # fmt: skip
