@@ -108,7 +108,7 @@ def _prompt_locked(lab: Lab, pair: Pair, preset: Preset) -> Method:
         return locked(lab, lab.model, preset, lab.prompt(pair.source), chunk.noise, **changes)
 
     sweep = _presets.PROMPT_LOCKED
-    settings = {"lock": lock, "threshold": preset.lock_threshold, "dilation": preset.lock_dilation}
+    settings = {key: value for key, value in asdict(preset).items() if key.startswith("lock_")} | {"lock": lock}
     return Method("prompt_locked", sweep.parameter, sweep.values, sweep.headline, settings, run,
                   lambda start: 2.0 - start)  # fmt: skip
 
@@ -141,7 +141,8 @@ def locked(lab: Lab, model: Any, preset: Preset, positive: list, noise: Tensor, 
     for part in noise.split(BATCH):
         request = PairRequest(
             positive, lab.conditioning(""), {"samples": torch.zeros_like(part)}, 0, CFG, lab.schedule,
-            threshold=preset.lock_threshold, dilation=preset.lock_dilation, noise=GivenNoise(part),
+            threshold=preset.lock_threshold, dilation=preset.lock_dilation,
+            smoothing=preset.lock_smoothing, noise=GivenNoise(part),
             **{"lock": preset.lock, **changes},
         )  # fmt: skip
         parts.append(sample_pair(model, request).counterfactual)

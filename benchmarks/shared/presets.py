@@ -84,7 +84,7 @@ class Preset:
     """A way to steer with the pair's vector (source minus target): operator, where, when, and how it is extracted.
 
     ``sites`` may be written for another depth, as ``8-15 of 28``. ``strengths`` are swept, ``headline`` is one of them.
-    ``lock``, ``lock_threshold`` and ``lock_dilation`` are Counterfactual Sampler's.
+    ``lock`` and what begins with it are Counterfactual Sampler's.
     """
 
     operator: str
@@ -100,6 +100,7 @@ class Preset:
     lock: str = "none"
     lock_threshold: float = 0.2
     lock_dilation: int = 1
+    lock_smoothing: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "strengths", tuple(float(value) for value in self.strengths))
