@@ -40,7 +40,8 @@ SCHEMA = {
     "MedSteer_RandomDirection": (["vector", "seed", "within_class"], ["MEDSTEER_VECTOR", "STRING"]),
     "MedSteer_CounterfactualSampler": (
         ["model", "positive", "negative", "latent_image", "seed", "steps", "cfg", "sampler_name", "scheduler",
-         "strengths", "lock", "lock_threshold", "lock_dilation", "sampler", "sigmas", "noise", "mask"],
+         "strengths", "lock", "lock_threshold", "lock_dilation", "sampler", "sigmas", "noise", "mask",
+         "counterfactual", "counterfactual_start", "lock_smoothing", "computed_tokens", "kept_memory"],
         ["LATENT", "LATENT", "MASK", "MASK", "STRING", "MEDSTEER_RECORD"],
     ),
     "MedSteer_PixArtSigmas": (["steps", "denoise"], ["SIGMAS"]),
