@@ -18,7 +18,8 @@ NOTES = {"Note", "MarkdownNote"}
 # The front end fits a template's nodes, with a margin of 10, into three quarters of the canvas, and draws a node's text
 # of 14 pixels only where it comes out at 8 or more.
 TEXT_FROM, FILLED, TABS = 8 / 14, 0.75, 38
-WINDOWS = {"pixart_kvasir_counterfactual": (1920, 1080)}  # it has four loaders more; the others open in 1600 x 900
+# The first one opens in a small window, one has four loaders more; the others open in 1600 x 900.
+WINDOWS = {"a_first_pair": (1440, 900), "pixart_kvasir_counterfactual": (1920, 1080)}
 
 every_template = pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
 
@@ -141,6 +142,12 @@ def test_it_opens_at_a_zoom_at_which_its_texts_are_drawn(path):
     down = max(box.bottom for box in boxes) - min(box.top for box in boxes) + 20
     width, height = WINDOWS.get(path.stem, (1600, 900))
     assert FILLED * min(width / across, (height - TABS) / down) > TEXT_FROM
+
+
+def test_the_first_template_is_small_and_needs_no_vector():
+    nodes = [node for node in read(FOLDER / "a_first_pair.json")["nodes"] if node["type"] not in NOTES]
+    assert len(nodes) <= 9 and TEMPLATES[0].stem == "a_first_pair"
+    assert not {"MedSteer_ExtractPathologyVector", "MedSteer_Steer"} & {node["type"] for node in nodes}
 
 
 @every_template
