@@ -192,7 +192,7 @@ def test_the_factual_is_that_of_the_company_alone(name, scene, vector, lock):
 
 
 @pytest.mark.parametrize("lock", [OPEN, CONCEPT])
-@pytest.mark.parametrize("build", [company.mahiro, company.easycache, company.controlnet, company.compiled])
+@pytest.mark.parametrize("build", [company.mahiro, company.lazycache, company.controlnet, company.compiled])
 def test_strength_zero_gives_the_factual_beside_company(build, lock):
     scene = build(False)
     still = tiny.steered(scene.model, families.vector(scene.model), operator="suppress", strength=0.0)
