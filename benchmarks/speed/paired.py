@@ -241,7 +241,7 @@ def seconds(way: Callable[[], None]) -> float:
 
 
 def token_rows_of(model: Any, way: Callable[[], Any]) -> tuple[Any, float]:
-    """What ``way`` gives, and the rows as of `rows_of`, each for the share of its tokens that an MLP is given."""
+    """What ``way`` gives, and images times conditionings, each for the share of its tokens that an MLP is given."""
     counted: list[tuple[int, int]] = []
     network = model.model.diffusion_model
     handle = network.blocks[0].mlp.register_forward_pre_hook(lambda _module, args: counted.append(args[0].shape[:2]))
@@ -251,19 +251,6 @@ def token_rows_of(model: Any, way: Callable[[], Any]) -> tuple[Any, float]:
         handle.remove()
     most = max((tokens for _rows, tokens in counted), default=1)
     return given, sum(rows * tokens for rows, tokens in counted) / most
-
-
-def rows_of(model: Any, way: Callable[[], None]) -> int:
-    """Images times conditionings that the network is given meanwhile."""
-    counted: list[int] = []
-    hook = model.model.diffusion_model.register_forward_pre_hook(
-        lambda _module, args, kwargs: counted.append((args[0] if args else kwargs["x"]).shape[0]), with_kwargs=True
-    )
-    try:
-        way()
-    finally:
-        hook.remove()
-    return sum(counted)
 
 
 def table(record: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ from comfy.ldm.modules.attention import optimized_attention
 from comfy.ldm.pixart.blocks import AttentionKVCompress
 from torch import Tensor, nn
 
-from .tokens import TokenModel
+from .tokens import TokenModel, wide
 
 
 def pixart_tokens(network: nn.Module) -> TokenModel | None:
@@ -31,12 +31,12 @@ def _attend(attention: nn.Module, tokens: Tensor, kept: Tensor, index: Tensor) -
     heads = attention.num_heads
     projected = attention.qkv(tokens)
     queries, own = projected[..., :width], projected[..., width:]
-    both = kept.scatter(1, index[..., None].expand(-1, -1, 2 * width), own.to(kept.dtype))
+    both = kept.scatter(1, wide(index, own), own.to(kept.dtype))
     keys, values = both.split(width, dim=-1)
 
     def by_head(tensor: Tensor) -> Tensor:
         return tensor.reshape(rows, -1, heads, width // heads).transpose(1, 2)
 
-    query, key, value = attention.q_norm(queries), attention.k_norm(keys), values
-    attended = optimized_attention(*map(by_head, (query, key, value)), heads, mask=None, skip_reshape=True)
+    normed = attention.q_norm(queries), attention.k_norm(keys), values
+    attended = optimized_attention(*map(by_head, normed), heads, mask=None, skip_reshape=True)
     return attention.proj(attended.view(rows, some, width))

@@ -92,6 +92,11 @@ class KeptTokens:
         """Let go of everything."""
         self._moments, self.size = {}, 0
 
+    def call_of(self, moment: Moment, chunks: Chunks) -> KeptCall | None:
+        """The only call of a moment, if it had just these parts."""
+        calls = self._moments.get(moment, ())
+        return calls[0] if len(calls) == 1 and calls[0].chunks == tuple(chunks) else None
+
     def chunk(self, moment: Moment, name: str, number: int, block: int | None) -> Tensor | None:
         """The rows of the ``number``-th part ``name`` of a moment: a block's keys and values, or the output (None)."""
         for call in self._moments.get(moment, ()):
@@ -115,9 +120,9 @@ class Keeping:
 
 @dataclass(frozen=True, eq=False)
 class Sparse:
-    """A prediction that computes the tokens ``index (images, some)`` of ``tokens`` alone.
+    """A prediction that computes the tokens ``index (images, some)`` of ``tokens`` alone; all where none were kept.
 
-    ``done`` counts the calls in which it could: where a call was not kept, all are computed.
+    ``seen``: how many parts of each conditioning its calls had so far.
     """
 
     kept: KeptTokens
@@ -159,6 +164,9 @@ def kept_rows(model: TokenModel, chunks: Chunks, request: Sparse) -> list[Tensor
         number = request.seen.get(name, 0)
         request.seen[name] = number + 1
         numbers.append((name, number))
+    whole = request.kept.call_of(request.moment, chunks)
+    if whole is not None:  # the same parts in the same order, as mostly: nothing to put together
+        return [*whole.keys_values, whole.output]
     rows = []
     for block in (*range(len(model.blocks)), None):
         parts = [request.kept.chunk(request.moment, name, number, block) for name, number in numbers]
@@ -175,10 +183,10 @@ def sparse(model: TokenModel, kept: list[Tensor], index: Tensor) -> Iterator[Non
 
     def gather(_module, args, kwargs):
         tokens = args[0]
-        return (tokens.gather(1, _wide(index, tokens)), *args[1:]), kwargs
+        return (tokens.gather(1, wide(index, tokens)), *args[1:]), kwargs
 
     def scatter(_module, _args, tokens: Tensor) -> Tensor:
-        return output.scatter(1, _wide(index, tokens), tokens.to(output.dtype))
+        return output.scatter(1, wide(index, tokens), tokens.to(output.dtype))
 
     with ExitStack() as stack:
         stack.callback(model.blocks[0].register_forward_pre_hook(gather, with_kwargs=True).remove)
@@ -193,7 +201,8 @@ def _attending(model: TokenModel, attention: nn.Module, kept: Tensor, index: Ten
     return lambda tokens, *_args, **_kwargs: model.attend(attention, tokens, kept, index)
 
 
-def _wide(index: Tensor, like: Tensor) -> Tensor:
+def wide(index: Tensor, like: Tensor) -> Tensor:
+    """An index of tokens ``(rows, some)`` for every channel of ``like (rows, tokens, C)``."""
     return index[..., None].expand(-1, -1, like.shape[-1])
 
 

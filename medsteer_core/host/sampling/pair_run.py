@@ -127,15 +127,10 @@ class PairRun:
         observes = bool(self.plan.steerings) and self.is_image
         apart = observes and is_compiled(self.model)  # a compiled model does not run as it would when it is watched
         watched = showing(self.model, changes) if observes else plain
-        begins, begun = self._starts_at(self.plan), []
-
-        def keeps_at(sigma: float) -> bool:  # from the window's start to the end, as the counterfactuals compute
-            if not begun and begins(sigma):
-                begun.append(sigma)
-            return bool(begun)
-
-        first = RecordingGuider(plain if apart else watched, self.record, keep_parts, self._kept, keeps_at)
-        latents = self._sample(first)
+        begins = self._starts_at(self.plan)
+        latents = self._sample(
+            RecordingGuider(plain if apart else watched, self.record, keep_parts, self._kept, begins)
+        )
         self.cost += 1
         if self._kept is not None and self._kept.left_out:
             self.tokens = f"all tokens computed: {self._kept.left_out}"

@@ -33,18 +33,20 @@ class RecordingGuider(comfy.samplers.CFGGuider):
         record: RunRecord,
         keep_parts: bool = False,
         kept: KeptTokens | None = None,
-        keeps_at: Callable[[float], bool] = lambda sigma: False,
+        starts_at: Callable[[float], bool] = lambda sigma: False,
     ):
         """``keep_parts``: the predictions with and without the prompt are kept as well, also where no sampler wants
-        them. The calls at levels for which ``keeps_at`` leave their tokens in ``kept``."""
+        them. From the first level for which ``starts_at`` on, calls leave their tokens in ``kept``."""
         super().__init__(model)
         self.record, self.keep_parts = record, keep_parts
-        self.kept, self.keeps_at = kept, keeps_at
+        self.kept, self.starts_at = kept, starts_at
+        self._begun = False
 
     def outer_predict_noise(self, x: Tensor, timestep: Tensor, model_options: dict | None = None, seed=None) -> Tensor:
         """The denoised prediction for ``x (images, C, ...)``."""
         options, parts, sigma = model_options or {}, {}, float(timestep.max())
-        if self.kept is not None and not self.kept.left_out and self.keeps_at(sigma):
+        self._begun = self._begun or self.starts_at(sigma)
+        if self.kept is not None and not self.kept.left_out and self._begun:
             options = for_tokens(options, Keeping(self.kept, (sigma, self.record.place(sigma))))
         if self.keep_parts or _of_sampler(self, options):
             options = {**options, POST_CFG: [*options.get(POST_CFG, []), _remembering(parts)]}
@@ -86,10 +88,7 @@ class ReplayingGuider(comfy.samplers.CFGGuider):
         if COUNTERFACTUAL in self.conds:
             self.conds = dict(self.conds)
             self._other = self.conds.pop(COUNTERFACTUAL)
-        if self._begun and self.allowed is None:
-            self.computed += 1
-            return self._computed(x, timestep, options, seed, sigma)
-        answer = self._reader.next(sigma)
+        answer = None if self._begun and self.allowed is None else self._reader.next(sigma)
         if not self._begun and self.starts_at(sigma):
             _check_same(answer, x)
             self._begun = True

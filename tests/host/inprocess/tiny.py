@@ -125,6 +125,19 @@ def request(model, present: list, absent: list, negative: list, *, steps: int = 
     return extraction.Request(present, absent, negative, **fields)
 
 
+def rows_of(model, way) -> int:
+    """Images times conditionings that the network is given meanwhile."""
+    counted: list[int] = []
+    hook = model.model.diffusion_model.register_forward_pre_hook(
+        lambda _module, args, kwargs: counted.append((args[0] if args else kwargs["x"]).shape[0]), with_kwargs=True
+    )
+    try:
+        way()
+    finally:
+        hook.remove()
+    return sum(counted)
+
+
 def hook_count(model) -> int:
     """Forward hooks on all modules of the model."""
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.model.diffusion_model.modules())

@@ -31,8 +31,6 @@ from medsteer_pack.medsteer_core.steering.token_map import (
 from medsteer_pack.medsteer_core.vectors.schedule import SigmaWindow
 from medsteer_pack.nodes.sampler import CounterfactualSampler
 
-from benchmarks.speed.paired import rows_of
-
 DETERMINISTIC = ["euler", "heun", "dpm_2", "lms", "dpmpp_2m", "uni_pc", "ipndm", "deis", "res_multistep", "ddim"]
 STOCHASTIC = ["euler_ancestral", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_sde_gpu", "dpmpp_2m_sde",
               "dpmpp_3m_sde", "ddpm", "lcm", "er_sde", "seeds_2", "sa_solver"]  # fmt: skip
@@ -154,14 +152,14 @@ def test_a_counterfactual_costs_what_its_window_costs(pixart, steps_before, shar
     sigmas = sampling.schedule(pixart, 10, "euler", "normal").sigmas
     steering = replace(plan_of(steered).steerings[0], window=SigmaWindow(float(sigmas[steps_before]), 0.0))
     steered = patch_steered(pixart, steering)
-    two_runs = 2 * rows_of(pixart, lambda: separate(pixart, steps=10))
+    two_runs = 2 * tiny.rows_of(pixart, lambda: separate(pixart, steps=10))
     for lock in (OPEN, CONCEPT):  # the map comes with the factual, at no extra run
         asked = request(steered, steps=10, lock=lock)
-        assert rows_of(pixart, lambda asked=asked: sample_pair(steered, asked)) == share * two_runs
+        assert tiny.rows_of(pixart, lambda asked=asked: sample_pair(steered, asked)) == share * two_runs
         assert f"cost: {2 * share:.2f} times one image" in sample_pair(steered, asked).summary
     many = request(steered, steps=10, multiples=(0.5, 1.0, 1.5))
     rows = (1 + 3 * (2 * share - 1)) * two_runs / 2
-    assert rows_of(pixart, lambda: sample_pair(steered, many)) == pytest.approx(rows)
+    assert tiny.rows_of(pixart, lambda: sample_pair(steered, many)) == pytest.approx(rows)
 
 
 def test_the_model_is_left_as_it_was_after_success_error_and_interrupt(pixart, monkeypatch):

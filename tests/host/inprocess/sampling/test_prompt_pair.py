@@ -14,8 +14,6 @@ from medsteer_pack.medsteer_core.host.sampling.pair_request import IN_MASK
 from medsteer_pack.medsteer_core.steering.token_map import prediction_map, smoothed
 from medsteer_pack.nodes.sampler import CounterfactualSampler
 
-from benchmarks.speed.paired import rows_of
-
 STEPS, START = 8, 0.5
 
 
@@ -72,11 +70,11 @@ def test_with_other_samplers(pixart, sampler):
 
 def test_it_costs_its_window_and_the_lock_half_a_call_at_a_few_steps(pixart):
     step, _sigmas = first_step(pixart)
-    plain = rows_of(pixart, lambda: separate(pixart))
+    plain = tiny.rows_of(pixart, lambda: separate(pixart))
     share = (STEPS - step) / STEPS
-    assert rows_of(pixart, lambda: sample_pair(pixart, request(pixart))) == plain * (1 + share)
+    assert tiny.rows_of(pixart, lambda: sample_pair(pixart, request(pixart))) == plain * (1 + share)
     locked = request(pixart, lock=PREDICTION)
-    assert rows_of(pixart, lambda: sample_pair(pixart, locked)) == plain * (1 + share) + 3 * 2  # 3 calls, 2 images
+    assert tiny.rows_of(pixart, lambda: sample_pair(pixart, locked)) == plain * (1 + share) + 3 * 2  # 3 calls, 2 images
     assert f"cost: {1 + share + 1.5 / STEPS:.2f} times one image" in sample_pair(pixart, locked).summary
 
 
@@ -85,7 +83,7 @@ def test_the_same_prompt_gives_the_factual_and_computes_nothing(pixart, lock):
     same = request(pixart, other=1, lock=lock)
     pair = sample_pair(pixart, same)
     assert torch.equal(pair.counterfactual, pair.factual) and torch.equal(pair.factual, separate(pixart))
-    assert rows_of(pixart, lambda: sample_pair(pixart, same)) == rows_of(pixart, lambda: separate(pixart))
+    assert tiny.rows_of(pixart, lambda: sample_pair(pixart, same)) == tiny.rows_of(pixart, lambda: separate(pixart))
     assert "the same prompt" in pair.summary and pair.records[0]["changes_nothing"]
 
 
