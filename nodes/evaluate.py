@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import torch
 from comfy_api.latest import io, ui
@@ -11,11 +10,9 @@ from comfy_api.latest import io, ui
 from ..medsteer_core.dataset.records import COUNTERFACTUAL, RANDOM, REPROMPT, STRENGTH_ZERO
 from ..medsteer_core.host.canvas.notes import note
 from ..medsteer_core.host.folders import judges as judge_folder
-from ..medsteer_core.host.sampling.pair_request import CONCEPT, PREDICTION
 from ..medsteer_core.scores.images import channels_first
+from .prompts import mask_in_graph
 from .types import CATEGORY, Vector
-
-_CONCEPT_MAP, _MASK = 2, 3  # Counterfactual Sampler's outputs by their place
 
 
 class EvaluatePairs(io.ComfyNode):
@@ -117,7 +114,7 @@ class EvaluatePairs(io.ComfyNode):
             target_class,
             judge_folder.judge_of(judge),
             mask=mask,
-            mask_source=_mask_source(cls.hidden.prompt, cls.hidden.unique_id),
+            mask_source=mask_in_graph(cls.hidden.prompt, cls.hidden.unique_id, "mask"),
             after_each=counter(len(factual) * len(arms)),
         )
         table = text(report)
@@ -174,19 +171,3 @@ def _problem(judge: str) -> str:
     if judge == judge_folder.NONE:
         return "judge is 'none'; a judge was expected, since flips are its word. Counterfactual Panel needs none."
     return judge_folder.problem(judge)
-
-
-def _mask_source(prompt: dict[str, Any] | None, node_id: str | None) -> str:
-    """Where the linked mask comes from: Counterfactual Sampler's map, by its name, or "user" for any other mask."""
-    nodes = prompt or {}
-    link = nodes.get(str(node_id), {}).get("inputs", {}).get("mask")
-    if not isinstance(link, list) or len(link) != 2:
-        return "user"
-    sampler = nodes.get(str(link[0]), {})
-    if sampler.get("class_type") != "MedSteer_CounterfactualSampler":
-        return "user"
-    inputs = sampler.get("inputs", {})
-    lock = inputs.get("lock")
-    if link[1] == _CONCEPT_MAP:
-        return PREDICTION if lock == PREDICTION else CONCEPT
-    return lock if link[1] == _MASK and lock in (CONCEPT, PREDICTION) and "mask" not in inputs else "user"

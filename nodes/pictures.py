@@ -10,6 +10,7 @@ import json
 import torch
 from comfy_api.latest import io, ui
 
+from ..medsteer_core.host.canvas.notes import note
 from ..medsteer_core.host.folders import judges as judge_folder
 from ..medsteer_core.host.sampling import counterfactual as sampled
 from ..medsteer_core.pictures.summary import describe
@@ -55,8 +56,10 @@ class CounterfactualPanel(io.ComfyNode):
             node_id="MedSteer_CounterfactualPanel",
             display_name="Counterfactual Panel",
             category=f"{CATEGORY}/evaluate",
-            description="Draws factual, counterfactual, signed difference and concept map in a row, with the numbers.",
-            search_aliases=["side by side", "difference", "concept map", "ssim", "medsteer"],
+            description=(
+                "Draws factual, counterfactual, signed difference and concept map in a row, and says whether it worked."
+            ),
+            search_aliases=["side by side", "difference", "concept map", "ssim", "verdict", "judge", "medsteer"],
             inputs=[
                 io.Image.Input("factual", tooltip="The unsteered images."),
                 io.Image.Input(
@@ -67,25 +70,64 @@ class CounterfactualPanel(io.ComfyNode):
                     optional=True,
                     tooltip="Counterfactual Sampler's output of that name, as fourth tile.",
                 ),
+                io.Combo.Input(
+                    "judge",
+                    options=judge_folder.names(),
+                    default=judge_folder.EMBEDDED,
+                    optional=True,
+                    tooltip=(
+                        "Who says whether it worked. EndoPhantom: its own judge, which knows its drawings only. none: "
+                        "SSIM alone. Others are in models/medsteer/judges."
+                    ),
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip=(
+                        "Counterfactual Sampler's output of that name: structure is measured outside it where the "
+                        "judge marks no findings."
+                    ),
+                ),
             ],
             outputs=[
                 io.Image.Output("panel", tooltip="A row for each of the first 4 pairs, and the legends."),
                 io.String.Output(
                     "metrics", tooltip="SSIM, PSNR in dB, changed share of pixels, for each pair, as JSON."
                 ),
+                io.String.Output("verdict", tooltip="What the judge sees before and after, and the structure kept."),
             ],
             hidden=_METADATA,
             is_output_node=True,
         )
 
     @classmethod
-    def execute(cls, factual: torch.Tensor, counterfactual: torch.Tensor, concept_map=None) -> io.NodeOutput:
-        from ..medsteer_core.pictures.panel import pair_panel
+    def validate_inputs(cls, judge: str | None = judge_folder.NONE) -> bool | str:
+        # None: linked to another node, so not known yet
+        return judge is None or judge_folder.problem(judge) or True
+
+    @classmethod
+    def fingerprint_inputs(cls, judge: str | None = None, **_) -> str:
+        return "" if judge is None else judge_folder.state(judge)
+
+    @classmethod
+    def execute(
+        cls,
+        factual: torch.Tensor,
+        counterfactual: torch.Tensor,
+        concept_map: torch.Tensor | None = None,
+        judge: str = judge_folder.NONE,
+        mask: torch.Tensor | None = None,
+    ) -> io.NodeOutput:
+        from ..medsteer_core.pictures.panel import fitted_maps, pair_panel
+        from ..medsteer_core.scores.verdict import verdict
 
         first, second = channels_first(factual), channels_first(counterfactual)
         panel = _as_image(pair_panel(first, second, concept_map))
         metrics = json.dumps(compare_pairs(first, second), indent=1)
-        return io.NodeOutput(panel, metrics, ui=ui.PreviewImage(panel, cls=cls))
+        allowed = None if mask is None else fitted_maps(mask, len(first), first.shape[-2:], "mask") >= 0.5
+        said = verdict(first, second, judge_folder.judge_of(judge), allowed)
+        shown = {**ui.PreviewImage(panel, cls=cls).as_dict(), **note(said).as_dict()}
+        return io.NodeOutput(panel, metrics, said, ui=shown)
 
 
 class StrengthSweep(io.ComfyNode):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..medsteer_core.errors import MedSteerError
-from ..medsteer_core.host.sampling.pair_request import CONCEPT, PREDICTION
+from ..medsteer_core.steering.recipes import AUTOMATIC, CONCEPT, PREDICTION
 
 
 def prompt_text(prompt: dict[str, Any] | None, node_id: str | None, input_name: str) -> str | None:
@@ -19,8 +19,8 @@ def prompt_text(prompt: dict[str, Any] | None, node_id: str | None, input_name: 
     return text if isinstance(text, str) else None
 
 
-# Outputs of Counterfactual Sampler by their place.
-_CONCEPT_MAP, _MASK = 2, 3
+_STEER, _SAMPLER = "MedSteer_Steer", "MedSteer_CounterfactualSampler"
+_CONCEPT_MAP, _MASK = 2, 3  # Counterfactual Sampler's outputs by their place
 
 
 def mask_of_sampler(
@@ -33,7 +33,7 @@ def mask_of_sampler(
     link = (prompt or {}).get(str(node_id), {}).get("inputs", {}).get(input_name)
     if not isinstance(link, list) or len(link) != 2:
         return "user"
-    if (prompt or {}).get(str(link[0]), {}).get("class_type") != "MedSteer_CounterfactualSampler":
+    if (prompt or {}).get(str(link[0]), {}).get("class_type") != _SAMPLER:
         return "user"
     source = records[0]["made"]["lock"]["mask_source"] if records else "none"
     if link[1] == _CONCEPT_MAP:
@@ -44,3 +44,33 @@ def mask_of_sampler(
             "concept_map, or nothing, and the judge's segmenter marks the finding."
         )
     return source
+
+
+def mask_in_graph(prompt: dict[str, Any] | None, node_id: str | None, input_name: str) -> str:
+    """`mask_of_sampler` where no records are at hand: by what the graph says of the sampler alone."""
+    nodes = prompt or {}
+    link = nodes.get(str(node_id), {}).get("inputs", {}).get(input_name)
+    if not isinstance(link, list) or len(link) != 2:
+        return "user"
+    sampler = nodes.get(str(link[0]), {})
+    if sampler.get("class_type") != _SAMPLER:
+        return "user"
+    inputs = sampler.get("inputs", {})
+    lock = inputs.get("lock")
+    if lock == AUTOMATIC:
+        lock = CONCEPT if _steered(nodes, inputs.get("model")) else PREDICTION
+    if link[1] == _CONCEPT_MAP:
+        return PREDICTION if lock == PREDICTION else CONCEPT
+    return lock if link[1] == _MASK and lock in (CONCEPT, PREDICTION) and "mask" not in inputs else "user"
+
+
+def _steered(nodes: dict[str, Any], link: Any) -> bool:
+    """Whether a Steer node lies on the way of the models that lead to ``link``."""
+    seen: set[str] = set()
+    while isinstance(link, list) and link and str(link[0]) not in seen:
+        seen.add(str(link[0]))
+        node = nodes.get(str(link[0]), {})
+        if node.get("class_type") == _STEER:
+            return True
+        link = node.get("inputs", {}).get("model")
+    return False

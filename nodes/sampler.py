@@ -7,8 +7,11 @@ from comfy_api.latest import io
 from ..medsteer_core.host.canvas.notes import note
 from ..medsteer_core.host.sampling import runs as sampling
 from ..medsteer_core.host.sampling.counterfactual import multiples_of, sample_pair
-from ..medsteer_core.host.sampling.pair_request import ALL, COMPUTED, IN_MASK, LOCKS, OPEN, PairRequest
+from ..medsteer_core.host.sampling.pair_request import ALL, COMPUTED, IN_MASK, LOCKS, PairRequest
+from ..medsteer_core.steering.presets import CUSTOM
+from ..medsteer_core.steering.recipes import OPEN, RECIPES
 from .prompts import prompt_text
+from .recipe_input import recipe_input
 from .sampling_inputs import sampling_inputs
 from .types import CATEGORY, Record
 
@@ -60,8 +63,8 @@ class CounterfactualSampler(io.ComfyNode):
                     default=OPEN,
                     tooltip=(
                         "none: the whole image may change. concept map: only where the steering acts most. prediction "
-                        "difference: only where the two prompts' predictions lie apart most. A connected mask comes "
-                        "before all."
+                        "difference: only where the two prompts' predictions lie apart most. automatic: the one or the "
+                        "other. A connected mask comes before all."
                     ),
                 ),
                 io.Float.Input(
@@ -142,6 +145,12 @@ class CounterfactualSampler(io.ComfyNode):
                         "Where it does not suffice, all tokens are computed."
                     ),
                 ),
+                recipe_input(
+                    {name: recipe.sampler for name, recipe in RECIPES.items()},
+                    "What should change sets the lock and counterfactual_start: a focal finding such as a polyp goes, "
+                    "a diffuse one such as colitis goes, a finding comes. Choose the same in Steer. custom: the inputs "
+                    "count.",
+                ),
             ],
             outputs=[
                 io.Latent.Output("factual", tooltip="The factual images: what KSampler gives without Steer."),
@@ -189,6 +198,7 @@ class CounterfactualSampler(io.ComfyNode):
         lock_smoothing=0,
         computed_tokens=ALL,
         kept_memory=0.0,
+        recipe=CUSTOM,
     ) -> io.NodeOutput:
         request = PairRequest(
             positive=positive,
@@ -208,6 +218,7 @@ class CounterfactualSampler(io.ComfyNode):
             smoothing=lock_smoothing,
             computed_tokens=computed_tokens,
             kept_gigabytes=kept_memory,
+            recipe=recipe,
             texts={name: prompt_text(cls.hidden.prompt, cls.hidden.unique_id, name) for name in PROMPTS},
         )
         pair = sample_pair(model, request)

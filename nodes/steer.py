@@ -9,7 +9,9 @@ from comfy_api.latest import io
 from ..medsteer_core.host.canvas.notes import note
 from ..medsteer_core.host.patching.steer import steer
 from ..medsteer_core.steering.presets import CUSTOM, PRESETS
+from ..medsteer_core.steering.recipes import RECIPES
 from ..medsteer_core.vectors.schedule import CONSTANT, CURVES
+from .recipe_input import recipe_input
 from .types import CATEGORY, Vector
 
 KEEP_NORM = "Rescale every steered token to its former length."
@@ -179,6 +181,11 @@ class Steer(io.ComfyNode):
                     optional=True,
                     tooltip="Where to steer: white fully, black not at all. Any size; soft edges count in part.",
                 ),
+                recipe_input(
+                    {name: recipe.steer for name, recipe in RECIPES.items()},
+                    "What should change sets operator, strength, focus, window and rows: a focal finding such as a "
+                    "polyp goes, a diffuse one such as colitis goes, a finding comes. custom: the inputs count.",
+                ),
             ],
             outputs=[io.Model.Output("model", tooltip="The steered model, for KSampler. Steer nodes can be chained.")],
             has_intermediate_output=True,
@@ -198,9 +205,12 @@ class Steer(io.ComfyNode):
         curve: str = CONSTANT,
         target=None,
         mask=None,
+        recipe: str = CUSTOM,
     ) -> io.NodeOutput:
         parameters = dict(operator or {})  # ComfyUI passes nothing for an operator that it does not know
         name = parameters.pop("operator", None)
         window = (start_percent, end_percent)
-        steered, text = steer(model, vector, name, parameters, *window, sites, rows, preset, curve, target, mask)
+        steered, text = steer(
+            model, vector, name, parameters, *window, sites, rows, preset, curve, target, mask, recipe
+        )
         return io.NodeOutput(steered, ui=note(text))

@@ -15,6 +15,7 @@ from typing import Any
 from medsteer_core.errors import MedSteerError
 from medsteer_core.scores import scorer as evaluate
 from medsteer_core.steering import presets
+from medsteer_core.steering.recipes import ADD, AUTOMATIC, CONCEPT, RECIPES, REMOVE_DIFFUSE, REMOVE_FOCAL
 
 # First seed of each split; extraction has its own. The ranges are wider than any --n that is allowed.
 SPLITS = {"development": 20000, "test": 30000}
@@ -135,14 +136,24 @@ def _published(name: str, strengths: tuple[float, ...], noise: str) -> Preset:
 # are swept from 0, where steering gives the factual back, so that the curve begins where doing nothing is.
 MEDSTEER = _published(presets.MEDSTEER, (1.0, 1.5, 2.0, 3.0), noise="unpaired")
 POLYPSTEER = _published(presets.POLYPSTEER, (1.5, 2.5, 3.5), noise="paired")
+
+
 # A focal finding is taken away under a lock from its own concept map; a diffuse one is everywhere, a new one is not.
-_REMOVING = Preset("affine", (0.0, 0.5, 1.0, 1.5, 2.0, 3.0), 2.0, {"focus": 1.0}, start=0.45, noise="same state")
+def _recipe(name: str, strengths: tuple[float, ...]) -> Preset:
+    """A recipe of the nodes Steer and Counterfactual Sampler, its strength the headline."""
+    steer, pair = RECIPES[name].steer, RECIPES[name].sampler
+    return Preset(
+        steer["operator"], strengths, steer["operator.strength"], {"focus": steer["operator.focus"]},
+        rows=steer["rows"], start=steer["start_percent"], end=steer["end_percent"], noise="same state",
+        lock=CONCEPT if pair["lock"] == AUTOMATIC else pair["lock"], lock_threshold=pair["lock_threshold"],
+        lock_dilation=pair["lock_dilation"], lock_smoothing=pair["lock_smoothing"],
+    )  # fmt: skip
+
+
 OURS = {
-    "removing": replace(_REMOVING, lock="concept map"),
-    "removing diffuse": replace(_REMOVING, headline=1.5),
-    "adding": Preset(
-        "affine", (0.0, 1.0, 1.5, 1.75, 2.0, 2.5), 1.75, {"focus": 1.5}, rows="positive", start=0.35, noise="same state"
-    ),
+    "removing": _recipe(REMOVE_FOCAL, (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)),
+    "removing diffuse": _recipe(REMOVE_DIFFUSE, (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)),
+    "adding": _recipe(ADD, (0.0, 1.0, 1.5, 1.75, 2.0, 2.5)),
 }
 
 

@@ -28,7 +28,7 @@ def pair_panel(factuals: Tensor, counterfactuals: Tensor, concept_map: Tensor | 
     check_counts(len(factuals), len(counterfactuals))
     a, b = checked_pair(factuals, counterfactuals, batch=True)
     count, shown = len(a), min(len(a), MOST_ROWS)
-    maps = None if concept_map is None else _fitted_maps(concept_map, count, a.shape[-2:])[:shown]
+    maps = None if concept_map is None else fitted_maps(concept_map, count, a.shape[-2:])[:shown]
     a, b = a[:shown], b[:shown]
     levels, compared = luminance_difference(a, b), compare_pairs(a, b)
     columns = 3 if maps is None else 4
@@ -62,10 +62,11 @@ def check_counts(factuals: int, counterfactuals: int) -> None:
         )
 
 
-def _fitted_maps(maps: Tensor, count: int, size: tuple[int, int]) -> Tensor:
+def fitted_maps(maps: Tensor, count: int, size: tuple[int, int], name: str = "concept_map") -> Tensor:
+    """Maps ``(1 or count, h, w)`` in 0..1 as ``(count, *size)``; ``name`` is the input that MedSteerError speaks of."""
     if maps.ndim != 3 or len(maps) not in (1, count):
         raise MedSteerError(
-            f"concept_map has shape {tuple(maps.shape)}; (1 or {count}, height, width) was expected: one for each "
+            f"{name} has shape {tuple(maps.shape)}; (1 or {count}, height, width) was expected: one for each "
             "factual image. Connect the Counterfactual Sampler's output of that name."
         )
     sized = F.interpolate(maps[:, None].detach().float().cpu(), size=tuple(size), mode="nearest-exact")[:, 0]

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MedSteerError
+from ..steering.recipes import RECIPES
 from .client import ComfyClient
 from .downloads import download
-from .overrides import Change, OverrideError, applied, changes_for, read_workflow, refuse_fractions
+from .overrides import Change, OverrideError, applied, changes_for, read_workflow, refuse_fractions, with_recipe
 from .progress_line import ProgressLine
 from .result import Result
 from .retrying_http import checked_address
@@ -87,6 +88,12 @@ def parser() -> argparse.ArgumentParser:
         help="another value for one input, named '#id.input', 'Title.input', 'Class.input' or 'input' where only one "
         "has that name; 'seed' is the sampler's. Can be given again",
     )
+    say(
+        "--recipe",
+        metavar="NAME",
+        help="settings for a kind of change, written into Steer and Counterfactual Sampler before --set: "
+        f"{', '.join(RECIPES)}",
+    )
     say("--server", default=server, metavar="URL", help=f"default: %(default)s (environment variable {SERVER})")
     say("--output", type=Path, metavar="DIR", help="bring every image, file and text here")
     say("--overwrite", action="store_true", help="replace files in DIR that have other content")
@@ -141,7 +148,7 @@ def run(chosen: argparse.Namespace, told: Any) -> dict[str, Any]:
 def asked_for(chosen: argparse.Namespace) -> tuple[Workflow, list[Change]]:
     """The workflow with its new values, and what was changed; BadArguments."""
     try:
-        workflow = read_workflow(chosen.workflow)
+        workflow = with_recipe(read_workflow(chosen.workflow), chosen.recipe)
         changes = changes_for(workflow, chosen.settings)
     except WorkflowError as error:
         raise BadArguments(str(error)) from None

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ..files.inside import shown
+from ..steering.recipes import RECIPES
 from .workflow import Workflow, WorkflowError, node_title
 
 SEEDS = ("seed", "noise_seed")
+STEER, PAIR_SAMPLER = "MedSteer_Steer", "MedSteer_CounterfactualSampler"
 
 
 class OverrideError(WorkflowError):
@@ -56,6 +58,31 @@ def with_seed(workflow: Workflow, seed: int | None) -> Workflow:
     if seed is None:
         return workflow
     return applied(workflow, [Change(*where, None, seed) for where in sampling_seeds(workflow)])
+
+
+def with_recipe(workflow: Workflow, name: str | None) -> Workflow:
+    """A copy of the workflow with a recipe (`steering.recipes`) in every Steer and Counterfactual Sampler; None: as is.
+
+    Raises OverrideError for a name that there is not, for a workflow with neither node, and for linked inputs.
+    """
+    if name is None:
+        return workflow
+    if name not in RECIPES:
+        raise OverrideError(f"there is no recipe '{shown(name)}'; one of {', '.join(RECIPES)} was expected.")
+    of_class = {STEER: RECIPES[name].steer, PAIR_SAMPLER: RECIPES[name].sampler}
+    copy = json.loads(json.dumps(workflow))
+    nodes = {i: node for i, node in copy.items() if node["class_type"] in of_class}
+    if not nodes:
+        raise OverrideError("the workflow has neither Steer nor Counterfactual Sampler, whose inputs a recipe sets.")
+    for node_id, node in nodes.items():
+        values = of_class[node["class_type"]]
+        for key in values:
+            if _is_link(node["inputs"].get(key), workflow):
+                raise OverrideError(f"{place(workflow, node_id, key)} is linked, so that no recipe can set it.")
+        # what belongs to another operator goes with it
+        kept = {key: value for key, value in node["inputs"].items() if not key.startswith("operator.")}
+        node["inputs"] = {**kept, **values, "recipe": name}
+    return copy
 
 
 def sampling_seeds(workflow: Workflow) -> list[tuple[str, str]]:

@@ -8,6 +8,7 @@ from ..errors import MedSteerError
 from ..vectors.pathology_vector import PathologyVector, StepDirection
 from ..vectors.schedule import SigmaWindow, StrengthCurve
 from .operators import Operator, needs_same_state, needs_second_vector, needs_statistics
+from .presets import CUSTOM
 from .rows import ALL_ROWS
 
 
@@ -16,7 +17,8 @@ class Steering:
     """One Steer node. `sites` are names of the vector's; `rows` is `all`, `positive`, `negative` or a cond's name.
 
     target: the second vector of operators that need one; mask: (1 or images, H, W) in 0..1, how much of the steering
-    each part of the image gets; curve: what the strength is multiplied with over the window
+    each part of the image gets; curve: what the strength is multiplied with over the window;
+    recipe: by whose name all that was set, if by any (see recipes.py)
     """
 
     vector: PathologyVector
@@ -27,6 +29,7 @@ class Steering:
     target: PathologyVector | None = None
     mask: Tensor | None = None
     curve: StrengthCurve | None = None
+    recipe: str = CUSTOM
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sites", tuple(self.sites))

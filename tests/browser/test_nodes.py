@@ -1,10 +1,13 @@
 """What a node shows beside its inputs: its help page, what a run did, and its error."""
 
 import io
+import json
 from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from medsteer_core.steering.recipes import RECIPES
 
 DOCS = Path(__file__).resolve().parents[2] / "web" / "docs"
 EXAMPLE = DOCS.parents[1] / "example_workflows" / "counterfactual_pair.json"
@@ -85,3 +88,79 @@ def test_a_wrong_input_turns_the_node_red_with_our_message(front):
     panel.wait_for()
     front.picture("wrong_input_details")
     assert said in panel.inner_text()
+
+
+# The widgets of the first node of a type, by name; and one of them set as a user's hand does it.
+WIDGETS = """type => Object.fromEntries(app.graph._nodes.find(node => node.type === type).widgets
+  .map(widget => [widget.name, widget.value]))"""
+TURN = """([type, name, value]) => { const node = app.graph._nodes.find(node => node.type === type);
+  const widget = node.widgets.find(widget => widget.name === name); widget.value = value;
+  widget.callback?.(value, app.canvas, node); }"""
+SAMPLER = "MedSteer_CounterfactualSampler"
+
+
+@pytest.mark.parametrize("nodes_2", [False, True], ids=["canvas", "nodes_2"])
+def test_a_recipe_sets_the_widgets_and_a_changed_widget_reads_custom(front, nodes_2):
+    front.page.evaluate("on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", nodes_2)
+    front.clear()
+    front.drop(EXAMPLE)
+    assert front.page.evaluate(WIDGETS, STEER)["recipe"] == "remove focal"
+    for recipe, expected in RECIPES.items():
+        for kind, values in ((STEER, expected.steer), (SAMPLER, expected.sampler)):
+            front.page.evaluate(
+                TURN, [kind, "operator", "suppress"] if kind == STEER else [kind, "lock", "concept map"]
+            )
+            assert front.page.evaluate(WIDGETS, kind)["recipe"] == "custom"
+            front.page.evaluate(TURN, [kind, "recipe", recipe])
+            shown = front.page.evaluate(WIDGETS, kind)
+            assert {name: shown[name] for name in values} == dict(values) and shown["recipe"] == recipe
+    # what the server is sent says the same
+    inputs = {node["class_type"]: node["inputs"] for node in front.api_form().values()}
+    assert inputs[STEER]["recipe"] == inputs[SAMPLER]["recipe"] == "add" and inputs[STEER]["operator.strength"] == 1.75
+    front.page.evaluate(TURN, [STEER, "operator.strength", 1.8])
+    assert front.page.evaluate(WIDGETS, STEER)["recipe"] == "custom"
+    front.page.evaluate(TURN, [STEER, "operator.strength", 1.75])
+    assert front.page.evaluate(WIDGETS, STEER)["recipe"] == "add"
+    front.show(STEER, 0.8)
+    front.picture(f"recipe_{'nodes_2' if nodes_2 else 'canvas'}")
+    assert front.errors() == []
+
+
+def test_the_recipe_of_an_older_workflow_is_what_its_widgets_are(front, tmp_path):
+    saved = json.loads(EXAMPLE.read_text(encoding="utf-8"))
+    for node in saved["nodes"]:
+        if node["type"] in (STEER, SAMPLER):
+            node["widgets_values"] = node["widgets_values"][:-1]
+            node["inputs"] = [entry for entry in node["inputs"] if entry["name"] != "recipe"]
+            node["widgets_values"][1 if node["type"] == STEER else 7] = 1.5 if node["type"] == STEER else "concept map"
+    (tmp_path / "old.json").write_text(json.dumps(saved), encoding="utf-8")
+    front.drop(tmp_path / "old.json")
+    assert front.page.evaluate(WIDGETS, STEER)["recipe"] == "remove diffuse"
+    assert front.page.evaluate(WIDGETS, SAMPLER)["recipe"] == "custom"
+
+
+# Where the canvas's own arrow beside a widget's number lies on the page.
+ARROW = """([type, name]) => { const node = app.graph._nodes.find(node => node.type === type);
+  const y = node.widgets.find(widget => widget.name === name).y + 10, {scale, offset} = app.canvas.ds;
+  const box = app.canvas.canvas.getBoundingClientRect();
+  return [(node.pos[0] + node.size[0] - 22 + offset[0]) * scale + box.x, (node.pos[1] + y + offset[1]) * scale + box.y]; }"""
+
+
+@pytest.mark.parametrize("nodes_2", [False, True], ids=["canvas", "nodes_2"])
+def test_the_recipe_follows_a_hand_at_the_widget(front, nodes_2):
+    front.page.evaluate("on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", nodes_2)
+    front.clear()
+    front.drop(EXAMPLE)
+    front.show(STEER, 1.0)
+    front.page.wait_for_timeout(500)
+    if nodes_2:
+        field = front.page.locator("[data-node-id]", has_text="recipe").locator("input[aria-valuemax='100']").first
+        box = field.bounding_box()
+        front.page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+        front.page.keyboard.press("Control+A")
+        front.page.keyboard.type("0.9")
+        front.page.keyboard.press("Enter")
+    else:
+        front.page.mouse.click(*front.page.evaluate(ARROW, [STEER, "operator.strength"]))
+    front.page.wait_for_function(f"({WIDGETS})('{STEER}').recipe === 'custom'", timeout=10_000)
+    assert front.page.evaluate(WIDGETS, STEER)["operator.strength"] == (0.9 if nodes_2 else 2.05)

@@ -41,17 +41,19 @@ SCHEMA = {
     "MedSteer_CounterfactualSampler": (
         ["model", "positive", "negative", "latent_image", "seed", "steps", "cfg", "sampler_name", "scheduler",
          "strengths", "lock", "lock_threshold", "lock_dilation", "sampler", "sigmas", "noise", "mask",
-         "counterfactual", "counterfactual_start", "lock_smoothing", "computed_tokens", "kept_memory"],
+         "counterfactual", "counterfactual_start", "lock_smoothing", "computed_tokens", "kept_memory", "recipe"],
         ["LATENT", "LATENT", "MASK", "MASK", "STRING", "MEDSTEER_RECORD"],
     ),
     "MedSteer_PixArtSigmas": (["steps", "denoise"], ["SIGMAS"]),
     "MedSteer_Steer": (
         ["model", "vector", "operator", "start_percent", "end_percent", "sites", "rows", "preset", "curve", "target",
-         "mask"], ["MODEL"],
+         "mask", "recipe"], ["MODEL"],
     ),
     "MedSteer_CounterfactualCompare": (["factual", "counterfactual"], ["IMAGE", "STRING"]),
     "MedSteer_InspectVector": (["vector"], ["IMAGE", "STRING"]),
-    "MedSteer_CounterfactualPanel": (["factual", "counterfactual", "concept_map"], ["IMAGE", "STRING"]),
+    "MedSteer_CounterfactualPanel": (
+        ["factual", "counterfactual", "concept_map", "judge", "mask"], ["IMAGE", "STRING", "STRING"],
+    ),
     "MedSteer_StrengthSweep": (
         ["factual", "counterfactual", "strengths", "judge", "source_class", "target_class"],
         ["IMAGE", "STRING", "STRING"],

@@ -5,8 +5,15 @@ import sys
 from benchmarks.speed.imports import HEAVY, heavy_of, imported, others_of
 
 # Drawing, scoring and judging are for when a node runs.
-LATER = {"scores.scorer", "pictures.sweep", "pictures.vector_plot", "pictures.panel",
-         "pictures.difference", "judges.files", "endophantom.judges"}
+LATER = {
+    "scores.scorer",
+    "pictures.sweep",
+    "pictures.vector_plot",
+    "pictures.panel",
+    "pictures.difference",
+    "judges.files",
+    "endophantom.judges",
+}
 
 
 def test_the_pack_brings_in_no_library_and_nothing_of_its_own_that_draws_or_judges(checkout):

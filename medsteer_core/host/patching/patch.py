@@ -70,5 +70,3 @@ def _with(model: ModelPatcher, key: str, value: object) -> ModelPatcher:
         if not clone.get_wrappers(kind, KEY):
             clone.add_wrapper_with_key(kind, KEY, wrapper)
     return clone
-
-

@@ -15,6 +15,7 @@ from ...extraction.separability import AUTO_THRESHOLD
 from ...steering.operators import make_operator
 from ...steering.plan import Steering
 from ...steering.presets import CUSTOM, find_preset, scaled_sites
+from ...steering.recipes import apart
 from ...steering.selection import has_auto, select_sites
 from ...vectors.pathology_vector import PathologyVector
 from ...vectors.schedule import CONSTANT
@@ -38,11 +39,13 @@ def steer(
     curve: str = CONSTANT,
     target: PathologyVector | None = None,
     mask: Tensor | None = None,
+    recipe: str = CUSTOM,
 ) -> tuple[ModelPatcher, str]:
     """A steered clone of ``model`` and one line on what was set, warnings included.
 
     A ``preset`` other than "custom" takes the place of operator, parameters, sites and rows; the rest stays. ``target``
     is the second vector of the operator switch; ``mask`` (1 or images, H, W) in 0..1 confines the steering.
+    ``recipe``: of which one the rest is said to be; where it is not, the note warns.
     """
     note = ""
     if preset == CUSTOM:
@@ -62,8 +65,11 @@ def steer(
         target if acting.needs_target else None,
         mask[None] if mask is not None and mask.ndim == 2 else mask,
         curve_over(model, curve, start_percent, end_percent),
+        recipe,
     )
     result = steered(model, steering)
+    if recipe != CUSTOM:
+        note += f"recipe {recipe}: "
     note += f"{operator} at {len(chosen)} of {len(vector.site_names)} sites, rows {steering.rows}"
     if preset == CUSTOM and has_auto(sites):
         note += f"; auto took those with an AUROC of {AUTO_THRESHOLD:g} or more at unseen samples"
@@ -80,6 +86,11 @@ def steer(
         note += f"\nWarning: a target is connected, which {operator} does not use."
     if steering.operator.is_identity:
         note += "; strength 0 changes nothing"
+    given = {f"operator.{key}": value for key, value in parameters.items()}
+    given |= {"operator": operator, "start_percent": start_percent, "end_percent": end_percent, "rows": rows,
+              "preset": preset, "curve": curve}  # fmt: skip
+    if warning := apart(recipe, given):
+        note += f"\n{warning}"
     warning = differs(vector, model)
     if warning:
         note += f"\nWarning: {warning}; the finding may not follow."

@@ -7,7 +7,7 @@ So the factual is what a sampler without steering gives, bit by bit, and a count
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,11 +16,13 @@ from torch import Tensor
 
 from ...errors import MedSteerError
 from ...steering.plan import SteeringPlan
+from ...steering.presets import CUSTOM
+from ...steering.recipes import apart
 from ...steering.token_map import mask_for_latent, smoothed, threshold_mask
 from ..patching.checks import check_reachable
 from ..patching.patch import plan_of
 from .pair_record import lock_of, records_of
-from .pair_request import CONCEPT, LOCKS, OPEN, PREDICTION, USER, PairRequest
+from .pair_request import AUTOMATIC, CONCEPT, LOCKS, OPEN, PREDICTION, USER, PairRequest
 from .pair_run import PairRun
 
 NO_COPIES = {"sample_ar_video": "ar_video keeps what it has seen in the model"}
@@ -65,6 +67,9 @@ def sample_pair(model: ModelPatcher, request: PairRequest) -> Pair:
     masks that don't fit.
     """
     plan = plan_of(model)
+    doubts = _doubts(plan, request)
+    if request.lock == AUTOMATIC:
+        request = replace(request, lock=CONCEPT if plan.steerings else PREDICTION)
     _check(plan, request)
     plans = [plan.scaled(multiple) for multiple in request.multiples]
     for part in plans:
@@ -86,7 +91,7 @@ def sample_pair(model: ModelPatcher, request: PairRequest) -> Pair:
         concept_map=run.enlarged(torch.zeros(images, *run.size) if shown is None else shown),
         mask=run.enlarged(mask),
         mask_source=source,
-        summary=_in_words(run, source, float(mask.mean())),
+        summary="\n".join([_in_words(run, source, float(mask.mean())), *doubts]),
         records=records_of(
             model, plan, request, run.latents, run.noise, lock_of(request, allowed, source, images), run.computed
         ),
@@ -160,3 +165,17 @@ def _in_words(run: PairRun, source: str, share: float) -> str:
         cost,
     ]
     return "\n".join(lines)
+
+
+def _doubts(plan: SteeringPlan, request: PairRequest) -> list[str]:
+    """Warnings where inputs are not of the recipe that they are said to be of, or Steer's recipe is another one."""
+    mine = request.recipe
+    inputs = {
+        "lock": request.lock, "lock_threshold": request.threshold, "lock_dilation": request.dilation,
+        "lock_smoothing": request.smoothing, "counterfactual_start": request.start_percent,
+    }  # fmt: skip
+    others = {steering.recipe for steering in plan.steerings} - {CUSTOM, mine}
+    told = [apart(mine, inputs, of_sampler=True)]
+    if mine != CUSTOM and others:
+        told.append(f"Warning: recipe says '{mine}' here and '{min(others)}' at Steer. Choose the same in both.")
+    return list(filter(None, told))

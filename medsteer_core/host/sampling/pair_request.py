@@ -8,10 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
+from ...steering.presets import CUSTOM
+from ...steering.recipes import AUTOMATIC, CONCEPT, OPEN, PREDICTION
 from .runs import Schedule
 
-OPEN, CONCEPT, PREDICTION, USER = "none", "concept map", "prediction difference", "user"
-LOCKS = (OPEN, CONCEPT, PREDICTION)
+USER = "user"  # where a mask comes from that was connected
+LOCKS = (OPEN, CONCEPT, PREDICTION, AUTOMATIC)
 ALL, IN_MASK = "all", "in the mask"
 COMPUTED = (IN_MASK, ALL)
 
@@ -24,6 +26,8 @@ class PairRequest:
     multiples: one counterfactual for each, times the strengths that Steer set
     mask: (1 or B, H, W), where the image may change, before `lock`; threshold, dilation: for the locks by a map, the
     share of the map's largest value, and latent pixels; smoothing: how often the map is smoothed before
+    lock: one of `LOCKS`; automatic is the concept map of a steered model, else the difference of the predictions
+    recipe: by whose name the values were set, if by any (see steering/recipes.py)
     computed_tokens: `ALL`, or `IN_MASK`: those of the mask alone where the model allows it; kept_gigabytes: what the
     factual run may keep for that, 0 for half of what is free
     counterfactual: a CONDITIONING that takes the positive's place from ``start_percent`` of the denoising on
@@ -47,3 +51,4 @@ class PairRequest:
     smoothing: int = 0
     computed_tokens: str = ALL
     kept_gigabytes: float = 0.0
+    recipe: str = CUSTOM

@@ -4,8 +4,16 @@ import json
 
 import pytest
 
-from medsteer_core.run.overrides import OverrideError, applied, changes_for, read_workflow, refuse_fractions
+from medsteer_core.run.overrides import (
+    OverrideError,
+    applied,
+    changes_for,
+    read_workflow,
+    refuse_fractions,
+    with_recipe,
+)
 from medsteer_core.run.workflow import WorkflowError
+from medsteer_core.steering.recipes import RECIPES
 
 
 def node(kind, title, **inputs):
@@ -147,3 +155,30 @@ def test_a_byte_order_mark_is_no_part_of_a_workflow(tmp_path):
 def test_a_name_that_is_none_is_told_with_the_nearest(name, meant):
     with pytest.raises(OverrideError, match=rf"no input is named '{name}'\. Did you mean '{meant}'\? Those that"):
         changes_for(WORKFLOW, [f"{name}=7"])
+
+
+def test_a_recipe_sets_the_inputs_of_every_steer_and_sampler_and_leaves_the_rest():
+    workflow = {
+        "1": {
+            "class_type": "MedSteer_Steer",
+            "inputs": {"operator": "set", "operator.toward": "absent", "sites": "0-3"},
+        },
+        "2": {"class_type": "MedSteer_CounterfactualSampler", "inputs": {"seed": 5, "lock": "concept map"}},
+        "3": {"class_type": "SaveImage", "inputs": {"filename_prefix": "a"}},
+    }
+    made = with_recipe(workflow, "add")
+    assert made["1"]["inputs"] == {**RECIPES["add"].steer, "sites": "0-3", "recipe": "add"}
+    assert made["2"]["inputs"] == {**RECIPES["add"].sampler, "seed": 5, "recipe": "add"}
+    assert made["3"] == workflow["3"] and workflow["1"]["inputs"]["operator"] == "set"
+    assert with_recipe(workflow, None) == workflow
+
+
+def test_a_recipe_that_fits_nothing_is_refused():
+    steer = {"1": {"class_type": "MedSteer_Steer", "inputs": {"start_percent": ["2", 0]}}, "2": WORKFLOW["4"]}
+    for workflow, name, said in (
+        (steer, "cure", "there is no recipe 'cure'; one of remove focal"),
+        (steer, "add", "start_percent is linked, so that no recipe can set it"),
+        ({"2": WORKFLOW["4"]}, "add", "neither Steer nor Counterfactual Sampler"),
+    ):
+        with pytest.raises(OverrideError, match=said):
+            with_recipe(workflow, name)

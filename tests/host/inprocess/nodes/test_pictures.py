@@ -30,7 +30,8 @@ def run(node, **inputs):
 
 def shown(output):
     """The one picture that stands in ComfyUI's temporary folder for the node's preview."""
-    (entry,) = output.ui.as_dict()["images"]
+    told = output.ui if isinstance(output.ui, dict) else output.ui.as_dict()
+    (entry,) = told["images"]
     return entry["type"], entry["filename"]
 
 
@@ -46,8 +47,22 @@ def test_inspect_draws_an_extracted_vector_and_describes_it(pixart, noise):
 
 def test_the_panel_takes_the_samplers_concept_map_and_gives_the_numbers_of_all_pairs():
     output = run(CounterfactualPanel, factual=FACTUAL, counterfactual=STEERED[:2], concept_map=torch.rand(2, 32, 32))
-    panel, metrics = output.result
+    panel, metrics, verdict = output.result
     assert panel.shape[-1] == 3 and len(json.loads(metrics)["pairs"]) == 2 and shown(output)
+    assert verdict.startswith("No judge is chosen. SSIM of the whole image") and output.ui["medsteer_note"] == (
+        verdict,
+    )
+
+
+def test_the_panel_says_by_its_judge_and_mask_whether_it_worked():
+    given = {"factual": FACTUAL, "counterfactual": STEERED[:2], "judge": "EndoPhantom"}
+    noise = run(CounterfactualPanel, **given).result[2]
+    assert noise.startswith("2 of 2 factual images are unlike anything that the judge was trained on")
+    black = torch.zeros(1, 64, 64)
+    assert "SSIM outside the mask" in run(CounterfactualPanel, **given, mask=black).result[2]
+    with pytest.raises(MedSteerError, match="mask has shape"):
+        run(CounterfactualPanel, **given, mask=torch.zeros(3, 64, 64))
+    assert "There is no judge 'nobody'" in CounterfactualPanel.validate_inputs(judge="nobody")
 
 
 def test_the_sweep_scores_with_the_embedded_judge_as_its_defaults_say():

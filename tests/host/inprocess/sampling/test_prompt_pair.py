@@ -8,9 +8,11 @@ import tiny
 import torch
 from medsteer_pack.medsteer_core.errors import MedSteerError
 from medsteer_pack.medsteer_core.host.patching.levels import window
+from medsteer_pack.medsteer_core.host.patching.steer import steer
 from medsteer_pack.medsteer_core.host.sampling import runs as sampling
 from medsteer_pack.medsteer_core.host.sampling.counterfactual import CONCEPT, PREDICTION, PairRequest, sample_pair
 from medsteer_pack.medsteer_core.host.sampling.pair_request import IN_MASK
+from medsteer_pack.medsteer_core.steering.recipes import RECIPES
 from medsteer_pack.medsteer_core.steering.token_map import prediction_map, smoothed
 from medsteer_pack.nodes.sampler import CounterfactualSampler
 
@@ -171,3 +173,29 @@ def test_a_smoothed_lock_says_so_in_its_record(pixart):
     assert pair.records[0]["made"]["lock"]["smoothing"] == 2
     outside = pair.mask[:, None, ::8, ::8].expand_as(pair.factual) == 0
     assert torch.equal(pair.counterfactual[outside], pair.factual[outside])
+
+
+def test_the_automatic_lock_is_the_concept_map_where_the_model_is_steered(pixart):
+    steered = tiny.steered(pixart, tiny.vector(pixart))
+    for model, expected in ((steered, CONCEPT), (pixart, PREDICTION)):
+        pair, named = (sample_pair(model, request(model, lock=lock)) for lock in ("automatic", expected))
+        assert pair.mask_source == expected and torch.equal(pair.counterfactual, named.counterfactual)
+        assert [record["made"]["lock"] for record in pair.records] == [
+            record["made"]["lock"] for record in named.records
+        ]
+    with pytest.raises(MedSteerError, match="The model is not steered, so there is no counterfactual"):
+        sample_pair(pixart, request(pixart, lock="automatic", counterfactual=None))
+
+
+def test_the_summary_warns_of_inputs_that_are_not_the_recipes_and_of_another_one_at_steer(pixart):
+    focal = RECIPES["remove focal"].sampler
+    as_it_says = request(pixart, recipe="remove focal", lock=focal["lock"], threshold=focal["lock_threshold"],
+                         dilation=focal["lock_dilation"], start_percent=focal["counterfactual_start"])  # fmt: skip
+    assert "Warning" not in sample_pair(pixart, as_it_says).summary
+    said = sample_pair(pixart, replace(as_it_says, lock="none")).summary
+    assert "recipe says 'remove focal', but lock is none, the recipe's automatic. The inputs count." in said
+    added, note = steer(
+        pixart, tiny.vector(pixart), "suppress", {"strength": 1.0}, 0.0, 1.0, "all", "all", recipe="add"
+    )
+    assert "Warning: recipe says 'add', but" in note and "operator is suppress, the recipe's affine" in note
+    assert "'remove focal' here and 'add' at Steer. Choose the same in both" in sample_pair(added, as_it_says).summary

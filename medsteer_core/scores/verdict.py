@@ -1,0 +1,119 @@
+"""Did it work: pairs in one sentence, by whatever judge is there, with how well the rest was kept.
+
+No class has to be named: what the judge sees before and after is told. Rates and criteria are the scorer's.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..judges.judge import Answers, Judge
+from .images import SSIM_WINDOW, checked_pair, mean, ssim_map
+from .pair import scores_of
+from .parts import DISTANCE_LIMIT, halves
+from .regions import dilated, mean_where
+
+MOST_WAYS = 3  # of before and after that are told apart
+
+
+def verdict(factuals: Tensor, counterfactuals: Tensor, judge: Judge | None, mask: Tensor | None = None) -> str:
+    """What a judge sees in pairs ``(n, 3, H, W)`` in 0..1, and the structure kept, as a line or two.
+
+    ``mask (n, H, W)`` bool: where the image was allowed to change. Structure is the SSIM outside the findings that the
+    judge marks, else outside the mask, else of the whole image; for a diffuse finding it is the drift of the anatomy,
+    in the regressors' errors. MedSteerError for images that don't fit.
+    """
+    a, b = checked_pair(factuals, counterfactuals, batch=True)
+    if torch.equal(a, b):
+        return "The counterfactual is the factual image, byte for byte: nothing was changed."
+    if judge is None:
+        return f"No judge is chosen. {_capital(_kept(a, b, mask))}."
+    before, after = halves(judge(torch.cat([a, b])))
+    labels = [[judge.terms.labels[i] for i in of.probabilities.argmax(1)] for of in (before, after)]
+    far = _far(before)
+    lines = []
+    if not all(far):
+        ways = [way for way, is_far in zip(zip(*labels, strict=True), far, strict=True) if not is_far]
+        kept = _kept_by_findings(a, b, before, after, labels, judge, far) or _kept(a, b, mask)
+        lines.append(f"{_ways(ways)}; {kept}.")
+        if lost := sum(later and not first for later, first in zip(_far(after), far, strict=True)):
+            lines.append(f"{_some(lost, len(a), 'counterfactual')} unlike anything that the judge was trained on.")
+    if any(far):
+        which = "This factual image is" if len(a) == 1 else f"{sum(far)} of {len(a)} factual images are"
+        lines.append(
+            f"{which} unlike anything that the judge was trained on, so that it has no say. Choose one for such images."
+        )
+        if all(far):
+            lines.append(f"{_capital(_kept(a, b, mask))}.")
+    return "\n".join(lines)
+
+
+def _far(answers: Answers) -> list[bool]:
+    """Which images are unlike those that the judge knows; none where it can't tell."""
+    if answers.distances is None:
+        return [False] * len(answers.probabilities)
+    return (~(answers.distances < DISTANCE_LIMIT)).tolist()
+
+
+def _ways(ways: Sequence[tuple[str, str]]) -> str:
+    """From what to what, the most frequent first."""
+    counts = Counter(ways).most_common()
+    told = [f"{before} before, {after} after" if before != after else f"{before} before and after"
+            for (before, after), _ in counts[:MOST_WAYS]]  # fmt: skip
+    if len(ways) == 1:
+        return _capital(told[0])
+    told = [f"{text}: {count} of {len(ways)}" for text, (_, count) in zip(told, counts, strict=False)]
+    if rest := sum(count for _, count in counts[MOST_WAYS:]):
+        told.append(f"others: {rest} of {len(ways)}")
+    return _capital("; ".join(told))
+
+
+def _kept_by_findings(a, b, before: Answers, after: Answers, labels, judge: Judge, far: Sequence[bool]) -> str:
+    """Structure by the judge's own marks, over the pairs whose classes it has marks for; "" where there are none."""
+    terms, found = judge.terms, {"ssim_outside": [], "anatomy_drift": []}
+    if before.masks is None:
+        return ""
+    for index, (source, target) in enumerate(zip(*labels, strict=True)):
+        named = source in terms.classes and target in terms.classes
+        if far[index] or not named or terms.unknown_findings((source, target)):
+            continue
+        one = slice(index, index + 1)
+        parts = zip(_parts(before), _parts(after), strict=True)
+        opinion = Answers(*(None if x is None else torch.cat([x[one], y[one]]) for x, y in parts))
+        score = scores_of(a[one], b[one], opinion, source, target, terms)[0]
+        measure = terms.structure_measure(source, target)
+        if getattr(score, measure) is not None:
+            found[measure].append(getattr(score, measure))
+    told = []
+    if found["ssim_outside"]:
+        told.append(f"SSIM outside the finding {mean(found['ssim_outside']):.3f}")
+    if found["anatomy_drift"]:
+        told.append(f"anatomy drift {mean(found['anatomy_drift']):.2f}")
+    return ", ".join(told)
+
+
+def _parts(answers: Answers) -> tuple[Tensor | None, ...]:
+    return answers.probabilities, answers.masks, answers.distances, answers.anatomy
+
+
+def _kept(a: Tensor, b: Tensor, mask: Tensor | None) -> str:
+    """Structure without a judge's marks: outside the mask, or of the whole image."""
+    ssim = ssim_map(a, b)
+    if mask is not None:
+        outside = ~dilated(mask, SSIM_WINDOW // 2)
+        values = [mean_where(*item) for item in zip(ssim, outside, strict=True)]
+        if None not in values:
+            return f"SSIM outside the mask {mean(values):.3f}"
+    return f"SSIM of the whole image {ssim.mean().item():.3f}"
+
+
+def _some(count: int, of: int, name: str) -> str:
+    return f"The {name} is" if of == 1 else f"{count} of {of} {name}s are"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
