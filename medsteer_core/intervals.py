@@ -1,4 +1,4 @@
-"""Intervals of shares and means: Wilson's for rates, the bootstrap's for everything else."""
+"""Intervals: Wilson's for rates, Newcombe's for differences of paired rates, the bootstrap's for all else."""
 
 from __future__ import annotations
 
@@ -30,6 +30,35 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, flo
     # at the ends the interval touches 0 and 1 exactly; rounding must not leave it a hair short
     low = 0.0 if successes == 0 else (middle - half) / scale
     return low, 1.0 if successes == n else (middle + half) / scale
+
+
+def newcombe(first: Sequence[bool], second: Sequence[bool]) -> tuple[float, float]:
+    """95% interval of the difference of two shares over the same items, ``first`` minus ``second``.
+
+    Newcombe's method 10 (Statistics in Medicine 17, 1998, 2635-2650): two Wilson intervals put together by the items'
+    correlation. It has a width where no item differs, too. (-1, 1) of nothing.
+    """
+    if len(first) != len(second):
+        raise MedSteerError(f"newcombe got {len(first)} and {len(second)} items; as many of both were expected.")
+    n = len(first)
+    if n == 0:
+        return -1.0, 1.0
+    pairs = [(bool(a), bool(b)) for a, b in zip(first, second, strict=True)]
+    both, one, other, none = (
+        pairs.count(kind) for kind in ((True, True), (True, False), (False, True), (False, False))
+    )
+    p, q = (both + one) / n, (both + other) / n
+    (p_low, p_high), (q_low, q_high) = wilson(both + one, n), wilson(both + other, n)
+    spread = (both + one) * (other + none) * (both + other) * (one + none)
+    crossed = both * none - one * other
+    if crossed > 0:  # the paper's continuity correction, for items that go together only
+        crossed = max(crossed - n / 2, 0.0)
+    phi = crossed / math.sqrt(spread) if spread else 0.0
+
+    def reach(toward: float, away: float) -> float:
+        return math.sqrt(max(toward**2 - 2 * phi * toward * away + away**2, 0.0))
+
+    return p - q - reach(p - p_low, q_high - q), p - q + reach(p_high - p, q - q_low)
 
 
 def bootstrap(values: Sequence[float]) -> tuple[float, float] | None:

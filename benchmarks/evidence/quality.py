@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.evidence import _curves
+from benchmarks.evidence import _curves, _paired
 from benchmarks.evidence._methods import BASELINES, CONTROLS, METHODS, Method, methods
 from benchmarks.evidence._store import Result, Store
 from benchmarks.shared import presets as _presets
@@ -87,6 +87,7 @@ def run(chosen: argparse.Namespace) -> tuple[dict[str, Any], Tensor]:
         pairs[pair.name] = {
             "methods": rows, "ceiling": ceiling, "diffuse": pair.diffuse, "kind": pair.kind, "split": chosen.split,
             **domination(rows, pair.diffuse), "other_vector_of": _presets.OTHER[pair].name,
+            "differences_from_ours": differences(store, pair, chosen_methods, seeds),
         }  # fmt: skip
         blocks[pair.name] = shown(store, pair, chosen_methods, seeds.headline)
     chosen.output.mkdir(parents=True, exist_ok=True)
@@ -178,6 +179,15 @@ def method_record(
     head = numbers[method.headline]
     ceilings = {"ssim_ceiling": ceiling["ssim_outside"], "anatomy_drift_ceiling": ceiling["anatomy_drift"]}
     return {**head, **ceilings, "parameter": method.parameter, "value": method.headline, "curve": curve}
+
+
+def differences(store: Store, pair: Pair, chosen: Mapping[str, Method], seeds: Seeds) -> dict[str, Any]:
+    """Each method's reported setting minus ours, seed by seed (`_paired.differences`)."""
+    found = {
+        name: [score for part in results(store, pair, method, method.headline, seeds.headline) for score in part.scores]
+        for name, method in chosen.items()
+    }
+    return _paired.differences(found, "ours")
 
 
 def domination(rows: Mapping[str, Mapping[str, Any]], diffuse: bool) -> dict[str, dict[str, bool | None]]:

@@ -51,10 +51,21 @@ def table(record: Mapping[str, Any]) -> str:
         drift = f"{ceiling['anatomy_drift']:.3f}"
         lines.append(("ceiling", "", "", "", f"{ceiling['ssim_outside']:.3f}", drift, "", ""))
         text += ["", name, *aligned(lines)]
+        if beside := pair.get("differences_from_ours"):
+            text += ["minus ours, on the same seeds:", *aligned(_beside(beside))]
         if pair["dominates"]:
             text.append(f"ours dominates: {_said(pair['dominates'])}; at these settings: "
                         f"{_said(pair['dominates_at_headline'])}")  # fmt: skip
     return "\n".join(text)
+
+
+def _beside(differences: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Lines of methods beside ours."""
+    lines = [("method", "pairs", "flip [95%]", "SSIM outside [95%]", "drift [95%]")]
+    for method, row in differences.items():
+        told = (with_interval(row[name], row[f"{name}_ci"]) for name in ("flip", "ssim_outside", "anatomy_drift"))
+        lines.append((method, str(row["n"]), *told))
+    return lines
 
 
 def _said(booleans: Mapping[str, bool | None]) -> str:

@@ -2,8 +2,8 @@
 
 On EndoPhantom and on a PixArt of XL's width with 1024 tokens (random weights, few blocks) are made in turn, several
 times, in one process: one plain image; two; the default locked pair by steering, with all tokens and with those of its
-mask; a pair by another prompt under the same lock; and, on the second model, two runs of diffusers' own PixArt pipeline
-with forward hooks on its cross-attention, as the published code makes a pair. Same weights, same steps. Ratios are to
+mask; a pair by another prompt under the same lock; and two runs of diffusers' own PixArt pipeline with forward hooks on
+its cross-attention, as the published code makes a pair. Same weights, same steps. Ratios are to
 the plain image of the same turn. Rows are images times conditionings that the network was given, each for the share of
 its tokens that was computed.
 
@@ -91,7 +91,46 @@ def endophantom() -> Scene:
     prompts = lab.prompt("polyps"), lab.conditioning(""), lab.prompt("normal cecum")
     latent = {"samples": torch.zeros(1, 4, lab.latent["samples"].shape[-2], lab.latent["samples"].shape[-1])}
     steered = _steered(lab.model, vector, "affine", {"strength": 2.0, "focus": 1.0})
-    return Scene(ENDOPHANTOM, lab.model, _ways(lab.model, steered, prompts, latent, None))
+    theirs = endophantom_of_diffusers(lab.model)
+    directions = [vector.at_sites(vector.site_names, 1.0)[name].directions[0] for name in vector.site_names]
+    side = latent["samples"].shape[-1]
+    ways = _ways(lab.model, steered, prompts, latent, None)
+    return Scene(ENDOPHANTOM, lab.model, {**ways, THEIRS: lambda: by_diffusers(theirs, prompts, directions, side)})
+
+
+def endophantom_of_diffusers(model: Any) -> nn.Module:
+    """The embedded model's weights in diffusers' PixArt. RuntimeError where the two answer differently."""
+    import comfy.model_management
+    import comfy.utils
+    import diffusers
+
+    comfy.model_management.load_models_gpu([model])
+    ours = model.model.diffusion_model
+    sizes = model.model.model_config.unet_config
+    width, channels, longest = sizes["hidden_size"], sizes["in_channels"], sizes["model_max_length"]
+    side = 16  # of the latent for which the pipeline makes position embeddings: EndoPhantom's 128 pixels
+    theirs = diffusers.PixArtTransformer2DModel(
+        num_attention_heads=sizes["num_heads"], attention_head_dim=width // sizes["num_heads"], in_channels=channels,
+        out_channels=channels, num_layers=sizes["depth"], sample_size=64, caption_channels=sizes["caption_channels"],
+        cross_attention_dim=width, use_additional_conditions=False, interpolation_scale=sizes["pe_interpolation"],
+    ).eval()  # fmt: skip
+    weights = ours.state_dict()
+    for name, source in comfy.utils.pixart_to_diffusers(sizes).items():
+        key, (_axis, start, length) = (source, (0, 0, None)) if isinstance(source, str) else source
+        if key in weights and name in theirs.state_dict():
+            value = weights[key]
+            theirs.state_dict()[name].copy_(value if length is None else value.narrow(0, start, length))
+    theirs.to(model.load_device)
+    latent = torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(0)).to(model.load_device)
+    text = torch.randn(1, longest, sizes["caption_channels"], generator=torch.Generator().manual_seed(1)).to(latent)
+    level = torch.tensor([500.0], device=latent.device)
+    with torch.no_grad():
+        one = ours(latent, level, context=text)
+        other = theirs(latent, encoder_hidden_states=text, timestep=level, return_dict=False,
+                       added_cond_kwargs={"resolution": None, "aspect_ratio": None})[0]  # fmt: skip
+    if (one - other).abs().max() > 1e-3 * one.abs().max():
+        raise RuntimeError(f"diffusers' PixArt differs by {(one - other).abs().max():.3g} from the embedded model's.")
+    return theirs
 
 
 def xl(folder: Path, blocks: int) -> Scene:
@@ -131,7 +170,7 @@ def xl(folder: Path, blocks: int) -> Scene:
     ways = _ways(model, steered, prompts, {"samples": torch.zeros(1, 4, SIDE, SIDE)}, mask)
     directions = [vector.sites[name].directions[0, 0] for name in names]
     theirs = theirs.to(model.load_device)
-    return Scene(XL, model, {**ways, THEIRS: lambda: by_diffusers(theirs, prompts, directions)})
+    return Scene(XL, model, {**ways, THEIRS: lambda: by_diffusers(theirs, prompts, directions, SIDE)})
 
 
 def _steered(model: Any, vector: Any, operator: str, parameters: Mapping[str, float]) -> Any:
@@ -167,8 +206,11 @@ def _ways(model: Any, steered: Any, prompts: tuple, latent: dict, mask: Tensor |
 
 
 @torch.no_grad()
-def by_diffusers(transformer: Any, prompts: tuple, directions: list[Tensor]) -> None:
-    """Two runs of diffusers' pipeline from one noise, hooks on every cross-attention in the second."""
+def by_diffusers(transformer: Any, prompts: tuple, directions: list[Tensor], side: int) -> None:
+    """Two runs of diffusers' pipeline from one noise, hooks on every cross-attention in the second.
+
+    ``prompts`` are conditionings of one image, ``directions (C,)`` a block's each, ``side`` the latent's.
+    """
     import diffusers
 
     scheduler = diffusers.DPMSolverMultistepScheduler()
@@ -176,11 +218,14 @@ def by_diffusers(transformer: Any, prompts: tuple, directions: list[Tensor]) -> 
     pipeline.set_progress_bar_config(disable=True)
     device = next(transformer.parameters()).device
     positive, negative, _other = (prompt[0][0].to(device) for prompt in prompts)
-    attended = torch.ones(1, TEXT, device=device)
+    longest = max(positive.shape[1], negative.shape[1])
+    padded = [nn.functional.pad(text, (0, 0, 0, longest - text.shape[1])) for text in (positive, negative)]
+    attended = [(torch.arange(longest, device=device) < text.shape[1])[None].float() for text in (positive, negative)]
     settings = {
-        "prompt": None, "negative_prompt": None, "prompt_embeds": positive, "prompt_attention_mask": attended,
-        "negative_prompt_embeds": negative, "negative_prompt_attention_mask": attended, "num_inference_steps": STEPS,
-        "guidance_scale": CFG, "height": 8 * SIDE, "width": 8 * SIDE, "output_type": "latent",
+        "prompt": None, "negative_prompt": None, "prompt_embeds": padded[0], "prompt_attention_mask": attended[0],
+        "negative_prompt_embeds": padded[1], "negative_prompt_attention_mask": attended[1],
+        "num_inference_steps": STEPS, "guidance_scale": CFG, "height": 8 * side, "width": 8 * side,
+        "output_type": "latent",
         "use_resolution_binning": False, "clean_caption": False,
     }  # fmt: skip
 

@@ -143,7 +143,8 @@ def test_the_recipe_of_an_older_workflow_is_what_its_widgets_are(front, tmp_path
 ARROW = """([type, name]) => { const node = app.graph._nodes.find(node => node.type === type);
   const y = node.widgets.find(widget => widget.name === name).y + 10, {scale, offset} = app.canvas.ds;
   const box = app.canvas.canvas.getBoundingClientRect();
-  return [(node.pos[0] + node.size[0] - 22 + offset[0]) * scale + box.x, (node.pos[1] + y + offset[1]) * scale + box.y]; }"""
+  const x = node.pos[0] + node.size[0] - 22 + offset[0];
+  return [x * scale + box.x, (node.pos[1] + y + offset[1]) * scale + box.y]; }"""
 
 
 @pytest.mark.parametrize("nodes_2", [False, True], ids=["canvas", "nodes_2"])

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.evidence import _baselines, _curves, _methods, _store, quality
+from benchmarks.evidence import _baselines, _curves, _methods, _paired, _store, quality
 from benchmarks.shared import presets as _presets
 from benchmarks.shared import sheet as _sheet
 from benchmarks.shared.presets import PAIRS, Pair, Preset, Presets
 from medsteer_core.errors import MedSteerError
+from medsteer_core.intervals import newcombe
 from medsteer_core.scores.scorer import PairScore
 from medsteer_core.vectors.pathology_vector import PathologyVector, SiteDirections
 
@@ -253,6 +254,16 @@ def score(**changes):
         "anatomy_drifts": (0.5,), "off_target_drift": 0.1, "ssim": 0.8, "changed_fraction": 0.2, "identical": False,
     }  # fmt: skip
     return PairScore(**{**values, **changes})
+
+
+def test_methods_are_compared_seed_by_seed_with_ours():
+    ours = [score(ssim_outside=0.9), score(flipped=False, ssim_outside=0.8), score(accepted=False, flipped=False)]
+    other = [score(ssim_outside=0.92), score(ssim_outside=None), score(accepted=False)]
+    found = _paired.differences({"ours": ours, "other": other}, "ours")
+    assert list(found) == ["other"] and found["other"]["n"] == 2 and found["other"]["flip"] == 0.5
+    assert (found["other"]["ssim_outside"], found["other"]["ssim_outside_n"]) == (0.02, 1)
+    assert found["other"]["flip_ci"] == [round(v, 4) for v in newcombe([True, True], [True, False])]
+    assert _paired.differences({"other": other}, "ours") == {}
 
 
 def test_a_result_comes_back_from_its_file_as_it_was():
