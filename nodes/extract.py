@@ -37,7 +37,7 @@ class ExtractPathologyVector(io.ComfyNode):
                 io.Conditioning.Input(
                     "negative", tooltip="The negative prompt of classifier-free guidance, mostly empty."
                 ),
-                io.Latent.Input("latent_image", tooltip="Only its width and height count. Batch size 1."),
+                io.Latent.Input("latent_image", tooltip="Only its width and height count."),
                 io.Int.Input(
                     "samples",
                     default=16,

@@ -19,6 +19,14 @@ def prompt_text(prompt: dict[str, Any] | None, node_id: str | None, input_name: 
     return text if isinstance(text, str) else None
 
 
+def asked_size(prompt: dict[str, Any] | None, node_id: str | None, input_name: str) -> tuple[int, int] | None:
+    """Height and width in pixels at the node linked to ``input_name``, if it has them as widgets; None if unknown."""
+    link = (prompt or {}).get(str(node_id), {}).get("inputs", {}).get(input_name)
+    inputs = (prompt or {}).get(str(link[0]), {}).get("inputs", {}) if isinstance(link, list) and link else {}
+    sides = inputs.get("height"), inputs.get("width")
+    return sides if all(isinstance(side, int) and not isinstance(side, bool) for side in sides) else None
+
+
 _STEER, _SAMPLER = "MedSteer_Steer", "MedSteer_CounterfactualSampler"
 _CONCEPT_MAP, _MASK = 2, 3  # Counterfactual Sampler's outputs by their place
 
@@ -58,19 +66,22 @@ def mask_in_graph(prompt: dict[str, Any] | None, node_id: str | None, input_name
     inputs = sampler.get("inputs", {})
     lock = inputs.get("lock")
     if lock == AUTOMATIC:
-        lock = CONCEPT if _steered(nodes, inputs.get("model")) else PREDICTION
+        lock = CONCEPT if steer_nodes(nodes, str(link[0])) else PREDICTION
     if link[1] == _CONCEPT_MAP:
         return PREDICTION if lock == PREDICTION else CONCEPT
     return lock if link[1] == _MASK and lock in (CONCEPT, PREDICTION) and "mask" not in inputs else "user"
 
 
-def _steered(nodes: dict[str, Any], link: Any) -> bool:
-    """Whether a Steer node lies on the way of the models that lead to ``link``."""
-    seen: set[str] = set()
-    while isinstance(link, list) and link and str(link[0]) not in seen:
+def steer_nodes(prompt: dict[str, Any] | None, node_id: str | None) -> int:
+    """How many Steer nodes lead to the input ``model`` of a node, by whatever inputs named model, model1, ..."""
+    nodes, seen, count = prompt or {}, set(), 0
+    ways = [nodes.get(str(node_id), {}).get("inputs", {}).get("model")]
+    while ways:
+        link = ways.pop()
+        if not isinstance(link, list) or not link or str(link[0]) in seen:
+            continue
         seen.add(str(link[0]))
         node = nodes.get(str(link[0]), {})
-        if node.get("class_type") == _STEER:
-            return True
-        link = node.get("inputs", {}).get("model")
-    return False
+        count += node.get("class_type") == _STEER
+        ways += [value for name, value in node.get("inputs", {}).items() if name.startswith("model")]
+    return count

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..medsteer_core.errors import MedSteerError
 from ..medsteer_core.host.canvas.notes import note
 from ..medsteer_core.host.sampling import runs as sampling
 from ..medsteer_core.host.sampling.counterfactual import multiples_of, sample_pair
 from ..medsteer_core.host.sampling.pair_request import ALL, COMPUTED, IN_MASK, LOCKS, PairRequest
 from ..medsteer_core.steering.presets import CUSTOM
 from ..medsteer_core.steering.recipes import OPEN, RECIPES
-from .prompts import prompt_text
+from .prompts import asked_size, prompt_text, steer_nodes
 from .recipe_input import recipe_input
 from .sampling_inputs import sampling_inputs
 from .types import CATEGORY, Record
@@ -174,6 +175,14 @@ class CounterfactualSampler(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, strengths: str | None = None) -> bool | str:
+        try:
+            multiples_of(strengths or "1")  # None: linked to another node, so not known yet
+        except MedSteerError as error:
+            return str(error)
+        return True
+
+    @classmethod
     def execute(
         cls,
         model,
@@ -219,6 +228,8 @@ class CounterfactualSampler(io.ComfyNode):
             computed_tokens=computed_tokens,
             kept_gigabytes=kept_memory,
             recipe=recipe,
+            asked_size=asked_size(cls.hidden.prompt, cls.hidden.unique_id, "latent_image"),
+            steer_nodes=steer_nodes(cls.hidden.prompt, cls.hidden.unique_id),
             texts={name: prompt_text(cls.hidden.prompt, cls.hidden.unique_id, name) for name in PROMPTS},
         )
         pair = sample_pair(model, request)

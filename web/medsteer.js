@@ -1,5 +1,7 @@
 // What a MedSteer node keeps of its run: the text that it shows on itself, and among a vector node's properties how the
-// vector was made, so that a shared workflow says it where the file is missing.
+// vector was made, so that a shared workflow says it where the file is missing. And what the pack has to say on a node of
+// somebody else's while that runs (words that the model does not know, on the node that encodes them).
+import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 
 const NOTE = "medsteer_note";
@@ -52,8 +54,37 @@ function show(node, note) {
   growToFit(node);
 }
 
+function clear(node) {
+  const widget = node?.widgets?.find((one) => one.name === NOTE);
+  if (!widget) return;
+  node.removeWidget(widget);
+  node.setDirtyCanvas(true, true);
+}
+
+// The node that the server names: "12", or "5:12" for one within the subgraph of node 5.
+function nodeOf(id) {
+  const path = String(id).split(":");
+  let graph = app.rootGraph ?? app.graph;
+  for (const step of path.slice(0, -1)) graph = graph?.getNodeById(Number(step))?.subgraph;
+  return graph?.getNodeById(Number(path.at(-1)));
+}
+
+const isOurs = (node) => node?.comfyClass?.startsWith("MedSteer_") ?? false;
+
 app.registerExtension({
   name: "medsteer.WhatARunLeaves",
+  setup() {
+    api.addEventListener("medsteer_note", ({ detail }) => {
+      const node = nodeOf(detail.node);
+      if (node) show(node, detail.text);
+    });
+    // What was said of the last run is no longer true of a node that runs anew, or that has failed.
+    api.addEventListener("executing", ({ detail }) => {
+      const node = detail == null ? null : nodeOf(detail);
+      if (node && !isOurs(node)) clear(node);
+    });
+    api.addEventListener("execution_error", ({ detail }) => clear(nodeOf(detail.node_id)));
+  },
   beforeRegisterNodeDef(nodeType, nodeData) {
     if (!nodeData.name.startsWith("MedSteer_")) return;
     const onExecuted = nodeType.prototype.onExecuted;

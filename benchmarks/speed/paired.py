@@ -69,6 +69,9 @@ def run(chosen: argparse.Namespace) -> tuple[dict[str, Any], None]:
     """Measure every way on both models: the record for paired.json, and no picture."""
     print("starting ComfyUI in this process ...", flush=True)
     start_comfyui(chosen.cpu)
+    from comfy.cli_args import args
+
+    args.use_pytorch_cross_attention = True  # as on a GPU, and as diffusers does everywhere
     scenes, device = {}, None
     with tempfile.TemporaryDirectory(prefix="medsteer-", ignore_cleanup_errors=True) as folder:
         for name, build in ((ENDOPHANTOM, lambda: endophantom()), (XL, lambda: xl(Path(folder), chosen.blocks))):

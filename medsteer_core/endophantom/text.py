@@ -1,17 +1,21 @@
 """The text side of EndoPhantom: a word tokenizer and a small text encoder.
 
 Prompts are sets of words. Word order is free because the encoder has no positions, and words outside the vocabulary
-are dropped, so that "An endoscopic image of polyps", "polyps, endoscopic image" and "polyps!!" all mean polyps.
+are dropped, so that "An endoscopic image of polyps", "polyps, endoscopic image" and "polyps!!" all mean polyps. What is
+dropped, and says more than "of the", is named by `ignored`.
 """
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 START = "<start>"
+IGNORED = "medsteer_ignored_words"  # of a conditioning: the words of its prompt that were not known
 VOCABULARY: tuple[str, ...] = (
     START, "endoscopic", "image", "polyps", "dyed", "lifted", "resection", "margins", "esophagitis", "normal",
     "cecum", "pylorus", "z-line", "ulcerative", "colitis",
@@ -22,18 +26,41 @@ ALIASES: dict[str, str] = {
     "caecum": "cecum", "zline": "z-line", "endoscopy": "endoscopic", "colonoscopy": "endoscopic", "photo": "image",
     "picture": "image", "images": "image",
 }  # fmt: skip
+# Words without which a prompt says the same.
+_FILLERS = frozenset("a an the of in at on and with for from by to is are this that it its".split())
 _INDEX = {word: i for i, word in enumerate(VOCABULARY)}
 _WORD = re.compile(r"z[\s-]+line|[^\W\d_]+(?:-[^\W\d_]+)*")
 
 
 def word_ids(text: str) -> list[int]:
     """Vocabulary ids of the known words of ``text``, in their order; unknown words are dropped. No start token."""
+    return [_INDEX[ALIASES.get(word, word)] for word in _words(text) if ALIASES.get(word, word) in _INDEX]
+
+
+def ignored(text: str) -> list[str]:
+    """The words of ``text`` that are not known and might have meant something, in their order, each once."""
+    unknown = (word for word in _words(text) if ALIASES.get(word, word) not in _INDEX and word not in _FILLERS)
+    return list(dict.fromkeys(unknown))
+
+
+def nearest(word: str) -> str | None:
+    """The known word that is most like an unknown one; None where none is."""
+    found = difflib.get_close_matches(word, [*VOCABULARY[1:], *ALIASES], n=1, cutoff=0.7)
+    return found[0] if found else None
+
+
+def about_ignored(words: Iterable[str]) -> str:
+    """What there is to say of ignored words; "" of none."""
+    told = [f"'{word}' (did you mean '{near}'?)" if (near := nearest(word)) else f"'{word}'" for word in words]
+    if not told:
+        return ""
+    return f"EndoPhantom does not know {', '.join(told)} and ignores that. It knows: {', '.join(VOCABULARY[1:])}."
+
+
+def _words(text: str) -> list[str]:
+    """The words of ``text`` in lower case; one with hyphens that is not known as a whole is taken apart."""
     words = (re.sub(r"\s+", "-", w) for w in _WORD.findall(text.lower()))
-    known = []
-    for word in words:
-        parts = [word] if ALIASES.get(word, word) in _INDEX else word.split("-")
-        known += [_INDEX[ALIASES.get(p, p)] for p in parts if ALIASES.get(p, p) in _INDEX]
-    return known
+    return [part for word in words for part in ([word] if ALIASES.get(word, word) in _INDEX else word.split("-"))]
 
 
 def tokenize(text: str) -> list[int]:

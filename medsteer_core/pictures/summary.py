@@ -7,6 +7,7 @@ from typing import Any
 
 from ..extraction.sample_estimators import ESTIMATORS
 from ..extraction.sample_report import describe_separability
+from ..vectors.class_gap import gaps_in_spreads
 from ..vectors.combined_facts import describe_combined, is_combined
 from ..vectors.pathology_vector import PathologyVector
 from ..vectors.reference_vectors import describe_imported, is_imported
@@ -25,11 +26,6 @@ def _describe_extracted(vector: PathologyVector) -> str:
     texts = {k: v.get("text") for k, v in facts.get("prompts", {}).items() if isinstance(v, dict)}
     pair = f"{texts.get('present') or 'present'} - {texts.get('absent') or 'absent'}"
     sizes = sorted({vector.channels(name) for name in vector.site_names})
-    relative = {
-        name: float((site.gaps.norm(dim=1) / site.spreads.mean(1).clamp_min(1e-12)).mean())
-        for name, site in vector.sites.items()
-    }
-    best = max(relative, key=relative.__getitem__)
     same_state = facts.get("noise") == "same state"
     noise = f"{facts.get('samples', '?')} {facts.get('noise', '')} samples{'' if same_state else ' a prompt'}"
     lines = [
@@ -37,7 +33,7 @@ def _describe_extracted(vector: PathologyVector) -> str:
         f"{noise}, seed {facts.get('seed', '?')}, "
         f"{facts.get('sampler', '?')}/{facts.get('scheduler', '')}, {vector.steps} levels, cfg {facts.get('cfg', '?')}",
         f"{len(vector.site_names)} sites of {', '.join(map(str, sizes))} channels, rank {vector.rank}",
-        f"largest class gap: {relative[best]:.1f} x the spread within a class, at {best}",
+        _largest_gap(vector),
     ]
     if facts.get("estimator") in ESTIMATORS and facts["estimator"] != "mean_difference":
         lines.append(f"estimator: {facts['estimator'].replace('_', ' ')}")
@@ -52,6 +48,16 @@ def _describe_extracted(vector: PathologyVector) -> str:
     if facts.get("degenerate"):
         lines.append(f"Warning: {facts['degenerate']} site-steps show no difference between the prompts.")
     return "\n".join(lines)
+
+
+def _largest_gap(vector: PathologyVector) -> str:
+    gaps, why = gaps_in_spreads(vector)
+    means = {name: float(levels.mean()) for name, levels in gaps.items()}
+    if not means:
+        return f"class gap: no number, since {why.removesuffix(' there')}"
+    best = max(means, key=means.__getitem__)
+    left = f" ({len(vector.sites) - len(means)} sites left out: {why})" if why else ""
+    return f"largest class gap: {means[best]:.1f} x the spread within a class, at {best}{left}"
 
 
 def _contexts(facts: Mapping[str, Any]) -> int:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..extraction.sample_report import AUROC, KEY, LEAST_SAMPLES, STABILITY, recorded, recorded_projections
+from ..vectors.class_gap import gaps_in_spreads
 from ..vectors.combined_facts import is_combined
 from ..vectors.pathology_vector import PathologyVector
 from ..vectors.reference_vectors import is_imported
@@ -64,10 +65,10 @@ def gap_map(vector: PathologyVector) -> BlockMap | Missing:
     if "gaps" in vector.unknown:
         return Missing("Class gap", _whole_why(vector))
     gaps = torch.stack([site.gaps.norm(dim=1) for site in vector.sites.values()])
-    spreads = _spreads(vector)
     title = "Class gap (activation units)"
-    if spreads is not None:
-        gaps, title = gaps / spreads, "Class gap / spread within a class"
+    in_spreads, _why = gaps_in_spreads(vector)
+    if len(in_spreads) == len(vector.sites):
+        gaps, title = torch.stack(list(in_spreads.values())), "Class gap / spread within a class"
     return BlockMap(title, gaps, 0.0, _reach(gaps))
 
 
@@ -101,7 +102,7 @@ def classes_along(vector: PathologyVector) -> Along | Missing:
     values = vector.sites[site]
     first, second = values.projections[step, :, 0].tolist()
     middle = (first + second) / 2
-    spreads = None if _spreads(vector) is None else tuple(values.spreads[step].tolist())
+    spreads = tuple(values.spreads[step].tolist()) if len(gaps_in_spreads(vector)[0]) == len(vector.sites) else None
     return Along("Class means", site, step, (first - middle,), (second - middle,), False, spreads)
 
 
@@ -138,12 +139,6 @@ def _reach(values: Tensor) -> float:
 
 def _share(value: Any) -> bool:
     return value is None or (isinstance(value, int | float) and value <= 1)
-
-
-def _spreads(vector: PathologyVector) -> Tensor | None:
-    """(blocks, steps): the mean spread of the two classes; None where it is not known or a class does not vary."""
-    spreads = torch.stack([site.spreads.mean(dim=1) for site in vector.sites.values()])
-    return None if "spreads" in vector.unknown or bool((spreads <= 0).any()) else spreads
 
 
 def _whole_why(vector: PathologyVector) -> str:

@@ -19,6 +19,8 @@ class Steering:
     target: the second vector of operators that need one; mask: (1 or images, H, W) in 0..1, how much of the steering
     each part of the image gets; curve: what the strength is multiplied with over the window;
     recipe: by whose name all that was set, if by any (see recipes.py)
+    span: window and curve as fractions of the schedule and the curve's name, from which they are worked out when a run
+    starts (a node may change the schedule after Steer); None where they are what they are
     """
 
     vector: PathologyVector
@@ -30,6 +32,7 @@ class Steering:
     mask: Tensor | None = None
     curve: StrengthCurve | None = None
     recipe: str = CUSTOM
+    span: tuple[float, float, str] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sites", tuple(self.sites))

@@ -220,7 +220,13 @@ def _cast_together(
     order = ("directions", "readers", "target", "gaps", "projections", "offsets")
     places = [(key, name) for name in order for key, step in steps.items() if getattr(step, name) is not None]
     tensors = [getattr(steps[key], name) for key, name in places]
-    joined = torch.cat([tensor.reshape(-1) for tensor in tensors]).to(device=device, dtype=dtype)
+    joined = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    if dtype == torch.float16 and (most := float(joined.abs().max())) > torch.finfo(dtype).max:
+        raise MedSteerError(
+            f"The vector holds values up to {most:.3g}, and float16, in which the model runs, ends at 65,504. Run the "
+            "model in bfloat16 or float32."
+        )
+    joined = joined.to(device=device, dtype=dtype)
     parts = joined.split([tensor.numel() for tensor in tensors])
     values: dict[tuple[int, str], dict[str, Tensor]] = {key: {} for key in steps}
     for (key, name), part, tensor in zip(places, parts, tensors, strict=True):

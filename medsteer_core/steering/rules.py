@@ -106,7 +106,9 @@ def _wiener_gain(amounts: Tensor, focus: float) -> Tensor:
     """`e / (e + focus**2 * mean(e))` for each token, (..., tokens, 1), in the dtype of `amounts` (..., tokens, R)."""
     wide = torch.promote_types(amounts.dtype, torch.float32)  # a half-precision square overflows
     energy = torch.linalg.vector_norm(amounts, dim=-1, keepdim=True, dtype=wide).square_()
-    whole = torch.add(energy, energy.mean(dim=-2, keepdim=True), alpha=focus**2)
+    # A token that is not finite is lost by itself; the others' mean is without it.
+    mean = energy.where(energy.isfinite(), torch.nan).nanmean(dim=-2, keepdim=True)
+    whole = torch.add(energy, mean, alpha=focus**2)
     return energy.div_(whole.clamp_min_(_TINY)).to(amounts.dtype)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from ...endophantom import text
 from ...endophantom.autoencoder import PATCH
 from ...endophantom.bundle import VAE_PATH, Bundle
+from ..canvas.notes import say_on_running_node
 from .pixart import allow_any_size
 
 CONFIG_KEYS = ("in_channels", "patch_size", "hidden_size", "depth", "num_heads", "caption_channels",
@@ -36,6 +38,7 @@ class EndoPhantomLatent(comfy.latent_formats.LatentFormat):
     """Latents of the bundle's autoencoder: unit mean square, 8x smaller than the image."""
 
     spacial_downscale_ratio = PATCH
+    native_side = 128  # pixels, of its training renders
 
     def __init__(self, channels: int, preview: dict[str, list]):
         self.latent_channels = channels
@@ -79,13 +82,18 @@ class EndoPhantomTokenizer:
         pass
 
     def tokenize_with_weights(self, prompt: str, return_word_ids: bool = False, **_kwargs) -> dict[str, list]:
-        tokens = [(text.tokenize("")[0], 1.0, 0)]
+        """The start token and the known words' ids; unknown words stand behind them as text, to be told of."""
+        tokens: list[tuple] = [(text.tokenize("")[0], 1.0, 0)]
+        unknown: list[tuple] = []
         for number, (segment, weight) in enumerate(token_weights(escape_important(prompt), 1.0), start=1):
-            tokens += [(token, weight, number) for token in text.word_ids(unescape_important(segment))]
+            words = unescape_important(segment)
+            tokens += [(token, weight, number) for token in text.word_ids(words)]
+            unknown += [(word, weight, number) for word in text.ignored(words)]
+        tokens += unknown
         return {TOKENS: [tokens if return_word_ids else [token[:2] for token in tokens]]}
 
     def untokenize(self, pairs: list[tuple]) -> list[tuple]:
-        return [(pair, text.VOCABULARY[pair[0]]) for pair in pairs]
+        return [(pair, pair[0] if isinstance(pair[0], str) else text.VOCABULARY[pair[0]]) for pair in pairs]
 
     def state_dict(self) -> dict:
         return {}
@@ -105,9 +113,14 @@ class EndoPhantomText(nn.Module):
     def reset_clip_options(self) -> None:
         pass
 
-    def encode_token_weights(self, tokens: dict[str, list]) -> tuple[Tensor, Tensor]:
-        """Context ``(1, tokens, width)`` and a pooled ``(1, width)``; weights scale away from the start token."""
+    def encode_token_weights(self, tokens: dict[str, list]) -> tuple:
+        """Context ``(1, tokens, width)`` and a pooled ``(1, width)``; weights scale away from the start token.
+
+        Words that are not known are told of on the node that encodes, in the log, and in a third value.
+        """
         (pairs,) = tokens[TOKENS]
+        unknown = tuple(dict.fromkeys(pair[0] for pair in pairs if isinstance(pair[0], str)))
+        pairs = [pair for pair in pairs if not isinstance(pair[0], str)]
         parameter = next(self.parameters())
         ids = torch.tensor([[pair[0] for pair in pairs]], device=parameter.device)
         weights = torch.tensor([pair[1] for pair in pairs], device=parameter.device, dtype=parameter.dtype)
@@ -116,7 +129,13 @@ class EndoPhantomText(nn.Module):
         if not all(math.isclose(pair[1], 1.0) for pair in pairs):
             context = start + weights[None, :, None] * (context - start)
         device = comfy.model_management.intermediate_device()
-        return context.float().to(device), start[:, 0].float().to(device)
+        encoded = context.float().to(device), start[:, 0].float().to(device)
+        if not unknown:
+            return encoded
+        said = text.about_ignored(unknown)
+        logging.warning("MedSteer: %s", said)
+        say_on_running_node(f"Warning: {said}")
+        return *encoded, {text.IGNORED: unknown}
 
     def load_sd(self, state: dict[str, Tensor]):
         return self.encoder.load_state_dict(state, strict=False, assign=getattr(self, "can_assign_sd", False))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
@@ -47,7 +46,7 @@ def _span(sites: dict[str, nn.Module]) -> str:
     return f"'{names[0]}' to '{names[-1]}'"
 
 
-def check_reachable(plan: SteeringPlan, sigmas: Tensor, conds: dict[str, Any]) -> None:
+def check_reachable(plan: SteeringPlan, sigmas: Tensor, conds: Mapping[str, Any]) -> None:
     """Refuse, before a step is taken, a steering that no step or no conditioning can reach."""
     levels = [float(sigma) for sigma in sigmas[:-1] if float(sigma) > 0]
     for steering in plan.steerings:
@@ -59,23 +58,27 @@ def check_reachable(plan: SteeringPlan, sigmas: Tensor, conds: dict[str, Any]) -
                 f"{steering.window.end_sigma:.4g}; the {len(levels)} steps run from {levels[0]:.4g} to "
                 f"{levels[-1]:.4g}). Widen start_percent and end_percent of Steer, or use more steps."
             )
-        if steering.rows != ALL_ROWS and steering.rows not in conds:
+    check_conds(plan, conds)
+
+
+def check_conds(plan: SteeringPlan, conds: Mapping[str, Any]) -> None:
+    """Refuse rows that this sampler's conditionings lack."""
+    for steering in plan.steerings:
+        if steering.rows != ALL_ROWS and steering.rows not in conds and not steering.operator.is_identity:
             raise MedSteerError(
                 f"Steer asks for rows '{steering.rows}', but this sampler's conditionings are "
                 f"{', '.join(sorted(conds))}. Write one of these names, or 'all'."
             )
 
 
-def check_touched(run: Run, result: Tensor) -> None:
-    """Refuse silent success: a steering that changed nothing, or a result that is not finite."""
+def check_touched(run: Run) -> None:
+    """Refuse silent success: a steering that changed nothing."""
     for steering in run.prepared.untouched():
         raise MedSteerError(
             f"Steering ({steering.operator.name}, rows '{steering.rows}') changed nothing in this run. Rows that are "
             "never evaluated (the negative ones at cfg 1), a compiled model or a cache that skips every step cause "
             "this. Use rows 'all', or remove the other patch."
         )
-    if run.prepared.plan.sites and isinstance(result, Tensor) and not torch.isfinite(result).all():
-        raise MedSteerError("The steered run gave NaN or infinite latents. Lower the strength, or narrow the window.")
 
 
 def check_rows(name: str, output: Tensor, rows: int) -> None:
@@ -87,6 +90,27 @@ def check_rows(name: str, output: Tensor, rows: int) -> None:
         )
 
 
+def check_known_rows(plans: Sequence[PreparedPlan], is_watched: bool, rows: int, images: int | None) -> None:
+    """Refuse to choose among rows that another node rearranged so that nothing tells whose they are."""
+    chosen = [s.rows for plan in plans for s in plan.plan.steerings if s.rows != ALL_ROWS]
+    if is_watched:
+        raise split_capture(rows, images)
+    if chosen:
+        raise MedSteerError(
+            f"Another node on the model (one that tiles, say) calls it with {rows} rows for {images} images and does "
+            f"not tell which are the prompt's, so that rows '{chosen[0]}' can't be found. Set rows of Steer to 'all', "
+            "or remove that node."
+        )
+
+
+def split_capture(rows: int, images: int | None) -> MedSteerError:
+    """For a capture that would see parts of images."""
+    return MedSteerError(
+        f"Another node on the model (one that tiles, say) calls it with {rows} rows for {images} images, so that "
+        "extraction would see parts of images. Extract from the model without that node, and steer with it."
+    )
+
+
 def check_masks(plan: PreparedPlan, images: int, is_part: bool) -> None:
     """Refuse masks on Steer that don't fit a call of ``images``, or that sees an area of the image (``is_part``)."""
     for mask in (steering.mask for steering in plan.plan.steerings if steering.mask is not None):
@@ -96,6 +120,7 @@ def check_masks(plan: PreparedPlan, images: int, is_part: bool) -> None:
             )
         if is_part:
             raise MedSteerError(
-                "A mask on Steer covers the whole image, and a conditioning here is for an area of it. Give the "
-                "conditioning a mask instead (with set_cond_area 'default'), or remove the mask from Steer."
+                "A mask on Steer covers the whole image, and the model is called here for an area of it: by a "
+                "conditioning with an area (give that a mask instead, with set_cond_area 'default'), or by a node that "
+                "tiles. Remove that, or the mask from Steer."
             )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import comfy.model_sampling
 from comfy.model_patcher import ModelPatcher
 
 from ...errors import MedSteerError
+from ...steering.plan import Steering, SteeringPlan
 from ...vectors.schedule import CONSTANT, CURVES, SigmaWindow, StrengthCurve, check_percent
 
 CURVE_POINTS = 64
@@ -37,6 +40,18 @@ def curve(model: ModelPatcher, name: str, start_percent: float, end_percent: flo
         points.setdefault(min(max(sigma, least), most), CURVES[name](share))
     sigmas = sorted(points, reverse=True)
     return StrengthCurve(tuple(sigmas), tuple(points[sigma] for sigma in sigmas), is_flow(model))
+
+
+def on_schedule(plan: SteeringPlan, model: ModelPatcher) -> SteeringPlan:
+    """The plan with its windows and curves on the schedule that the model has now, whatever nodes have changed it."""
+
+    def placed(steering: Steering) -> Steering:
+        if steering.span is None:
+            return steering
+        start, end, name = steering.span
+        return replace(steering, window=window(model, start, end), curve=curve(model, name, start, end))
+
+    return SteeringPlan(tuple(placed(steering) for steering in plan.steerings))
 
 
 def is_flow(model: ModelPatcher) -> bool:

@@ -3,12 +3,18 @@
 A call's batch is chunks of equal length, one a conditioning; `cond_or_uncond` and `uuids` name them in order. The name
 of a uuid comes from the guider; where a uuid stands in several lists (area conditionings), the index decides. What an
 index means differs between guiders: it is the place of a list among those that the guider has evaluated together.
+
+A node between ComfyUI and the model may hand the rows on in another order and number and leave these names as they were
+(tiling does). Such a call's rows are told by the text that each has, or they stay unknown.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
 
 INDEX_NAMES = ("positive", "negative")
 
@@ -60,3 +66,35 @@ def chunk_names(
     uuids = [*(transformer_options.get("uuids") or ()), *[None] * len(indices)]
     by_index = [index_names[index] if index < len(index_names) else "" for index in indices]
     return [uuid_names.get(uuid, name) for uuid, name in zip(uuids, by_index, strict=False)]
+
+
+def names_by_text(contexts: Tensor | None, texts: Mapping[str, Sequence[Tensor]]) -> list[str] | None:
+    """The conditioning of each row of a call, by which one's text it has; None where that does not tell.
+
+    contexts: ``(rows, tokens, C)`` as the model gets them; texts: by name, ``(1 or images, tokens, C)`` each, which
+    ComfyUI repeats along the tokens where texts of several lengths share a call.
+    """
+    if not isinstance(contexts, Tensor) or contexts.ndim != 3:
+        return None
+    names: list[str] = []
+    for row in contexts:
+        found = {name for name, known in texts.items() if any(_has_text(row, text) for text in known)}
+        if len(found) != 1:
+            return None
+        names += found
+    return names
+
+
+def _has_text(row: Tensor, text: Tensor) -> bool:
+    """Whether a row's context ``(tokens, C)`` is one of ``text (images, tokens, C)``, repeated to its length."""
+    times, rest = divmod(row.shape[0], text.shape[1])
+    if rest or row.shape[1] != text.shape[2]:
+        return False
+    return any(torch.equal(row, one.to(row).repeat(times, 1)) for one in text)
+
+
+def ranges_of(names: Sequence[str]) -> Callable[[str], list[tuple[int, int]]]:
+    """As `row_finder` gives, from the conditioning of each row."""
+    starts = [row for row in range(len(names)) if row == 0 or names[row] != names[row - 1]]
+    ranges = list(zip(starts, [*starts[1:], len(names)], strict=True))
+    return lambda name: [(start, stop) for start, stop in ranges if names[start] == name]

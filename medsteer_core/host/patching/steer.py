@@ -66,6 +66,7 @@ def steer(
         mask[None] if mask is not None and mask.ndim == 2 else mask,
         curve_over(model, curve, start_percent, end_percent),
         recipe,
+        (start_percent, end_percent, curve),
     )
     result = steered(model, steering)
     if recipe != CUSTOM:

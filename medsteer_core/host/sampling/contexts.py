@@ -10,7 +10,10 @@ import torch
 from comfy.sd import CLIP
 from torch import Tensor
 
+from ...endophantom.text import IGNORED
+
 MARK, TEXT = "medsteer_context", "medsteer_text"
+TOLD = (TEXT, IGNORED)  # of an entry, what the model is not given
 
 
 def encode_contexts(clip: CLIP, texts: Sequence[str]) -> list:
@@ -42,6 +45,11 @@ def context_texts(conditioning: list) -> list[str]:
     return [texts[mark] for mark in sorted(texts)]
 
 
+def ignored_words(*conditionings: list) -> list[str]:
+    """The words of these prompts that the embedded text encoder did not know, each once."""
+    return list(dict.fromkeys(word for c in conditionings for entry in c for word in entry[1].get(IGNORED, ())))
+
+
 def prompt_of(conditioning: list) -> dict[str, Any]:
     """What is known of a conditioning itself: its shapes and a hash."""
     tensors = [entry[0] for entry in conditioning]
@@ -55,6 +63,9 @@ def prompt_of(conditioning: list) -> dict[str, Any]:
 def same_prompt(one: list, other: list) -> bool:
     """Whether two conditionings are surely equal."""
 
+    def given(entry: Any) -> dict[str, Any]:
+        return {key: value for key, value in entry[1].items() if key not in TOLD}
+
     def equal(a: Any, b: Any) -> bool:
         if isinstance(a, Tensor) and isinstance(b, Tensor):
             return torch.equal(a, b)
@@ -62,8 +73,8 @@ def same_prompt(one: list, other: list) -> bool:
 
     return len(one) == len(other) and all(
         equal(a[0], b[0])
-        and a[1].keys() == b[1].keys()
-        and all(equal(a[1][key], b[1][key]) for key in a[1] if key != TEXT)
+        and given(a).keys() == given(b).keys()
+        and all(equal(value, b[1][key]) for key, value in given(a).items())
         for a, b in zip(one, other, strict=True)
     )
 

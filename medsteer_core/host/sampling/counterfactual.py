@@ -7,6 +7,7 @@ So the factual is what a sampler without steering gives, bit by bit, and a count
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,11 +17,13 @@ from torch import Tensor
 
 from ...errors import MedSteerError
 from ...steering.plan import SteeringPlan
-from ...steering.presets import CUSTOM
-from ...steering.recipes import apart
 from ...steering.token_map import mask_for_latent, smoothed, threshold_mask
 from ..patching.checks import check_reachable
+from ..patching.finite import is_finite, model_not_finite
+from ..patching.levels import on_schedule
+from ..patching.native_size import about_size, pixels_of
 from ..patching.patch import plan_of
+from .pair_doubts import doubts_of, unchanged
 from .pair_record import lock_of, records_of
 from .pair_request import AUTOMATIC, CONCEPT, LOCKS, OPEN, PREDICTION, USER, PairRequest
 from .pair_run import PairRun
@@ -49,7 +52,15 @@ class Pair:
 
 
 def multiples_of(text: str) -> tuple[float, ...]:
-    """The numbers of a comma-separated text. Raises MedSteerError for anything else, and for none."""
+    """The numbers of a comma-separated text. Raises MedSteerError for anything else, and for none.
+
+    Two whole numbers and a comma without a space (``1,5``) are refused: that may be a decimal comma.
+    """
+    if re.fullmatch(r"\s*[+-]?\d+,\d+\s*", text):
+        raise MedSteerError(
+            f"strengths is '{text}', which may mean one number or two. Write a decimal point (1.5) for one strength, "
+            "or a space after the comma (1, 5) for two."
+        )
     parts = [part.strip() for part in text.split(",") if part.strip()]
     try:
         numbers = tuple(float(part) for part in parts)
@@ -66,8 +77,8 @@ def sample_pair(model: ModelPatcher, request: PairRequest) -> Pair:
     Raises MedSteerError where there is neither, for samplers whose calls can't be answered from a record, and for
     masks that don't fit.
     """
-    plan = plan_of(model)
-    doubts = _doubts(plan, request)
+    plan = on_schedule(plan_of(model), model)
+    doubts = doubts_of(plan, request)
     if request.lock == AUTOMATIC:
         request = replace(request, lock=CONCEPT if plan.steerings else PREDICTION)
     _check(plan, request)
@@ -77,13 +88,25 @@ def sample_pair(model: ModelPatcher, request: PairRequest) -> Pair:
     run = PairRun(model, plan, request, len(plans))
     given = _given_mask(run)
     factual, changes = run.factual(keep_parts=request.lock == PREDICTION)
+    if not is_finite(factual):
+        raise model_not_finite(model)
     shown = changes.maps(*run.size) if changes.seen else None
     if request.lock == PREDICTION:
         shown = run.prediction_difference()
     shown = None if shown is None else smoothed(shown, request.smoothing)
     allowed, source = _allowed(run, given, shown)
     counterfactual = torch.cat([run.counterfactual(part, allowed) for part in plans])
+    if not is_finite(counterfactual):
+        raise MedSteerError(
+            "The counterfactual's latents are NaN or infinite, and the factual's are not. Lower the strengths, or look "
+            "at the counterfactual prompt."
+        )
     images = len(run.latents)
+    records = records_of(
+        model, plan, request, run.latents, run.noise, lock_of(request, allowed, source, images), run.computed
+    )
+    doubts += about_size(model, run.latents.shape, request.asked_size)
+    doubts += unchanged(factual, counterfactual, records)
     mask = torch.ones(images, *run.size) if allowed is None else allowed.float()
     return Pair(
         factual=factual,
@@ -92,9 +115,7 @@ def sample_pair(model: ModelPatcher, request: PairRequest) -> Pair:
         mask=run.enlarged(mask),
         mask_source=source,
         summary="\n".join([_in_words(run, source, float(mask.mean())), *doubts]),
-        records=records_of(
-            model, plan, request, run.latents, run.noise, lock_of(request, allowed, source, images), run.computed
-        ),
+        records=records,
     )
 
 
@@ -145,7 +166,10 @@ def _allowed(run: PairRun, given: Tensor | None, shown: Tensor | None) -> tuple[
     if nothing or (request.lock == PREDICTION and run.takes_over is None):
         return torch.zeros(len(run.latents), *run.size, dtype=torch.bool), request.lock  # strength 0: the factual
     if shown is None:
-        raise MedSteerError("There is no concept map: the steering changes nothing here. Give a mask instead.")
+        raise MedSteerError(
+            "There is no concept map: another node shows the model parts of the image alone (one that tiles, or an "
+            "area's), or the steering changes nothing here. Connect a mask instead."
+        )
     return threshold_mask(shown, request.threshold, request.dilation), request.lock
 
 
@@ -160,22 +184,9 @@ def _in_words(run: PairRun, source: str, share: float) -> str:
     cost = f"cost: {run.cost:.2f} times one image" + (f", {run.tokens}" if run.tokens else "")
     lines = [
         f"{images} factual, {images * len(request.multiples)} counterfactual ({'; '.join(ways) or 'the same prompt'})",
-        f"seed {seed}, {schedule.sampler_name}, {schedule.steps} steps, cfg {request.cfg:g}",
+        f"{' x '.join(str(side) for side in pixels_of(run.model, run.latents.shape)[::-1])} pixels, seed {seed}, "
+        f"{schedule.sampler_name}, {schedule.steps} steps, cfg {request.cfg:g}",
         f"mask_source: {source}" + ("" if source == OPEN else f", {share:.0%} of the image may change"),
         cost,
     ]
     return "\n".join(lines)
-
-
-def _doubts(plan: SteeringPlan, request: PairRequest) -> list[str]:
-    """Warnings where inputs are not of the recipe that they are said to be of, or Steer's recipe is another one."""
-    mine = request.recipe
-    inputs = {
-        "lock": request.lock, "lock_threshold": request.threshold, "lock_dilation": request.dilation,
-        "lock_smoothing": request.smoothing, "counterfactual_start": request.start_percent,
-    }  # fmt: skip
-    others = {steering.recipe for steering in plan.steerings} - {CUSTOM, mine}
-    told = [apart(mine, inputs, of_sampler=True)]
-    if mine != CUSTOM and others:
-        told.append(f"Warning: recipe says '{mine}' here and '{min(others)}' at Steer. Choose the same in both.")
-    return list(filter(None, told))

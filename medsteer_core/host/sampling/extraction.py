@@ -10,6 +10,7 @@ import comfyui_version
 import torch
 from comfy.model_patcher import ModelPatcher
 
+from ...endophantom.text import about_ignored
 from ...errors import MedSteerError
 from ...extraction.affine import affine_map
 from ...extraction.capture import ActivationSums
@@ -22,10 +23,11 @@ from ...extraction.token_pairs import SIDES, PairedActivations, pairs_that_fit
 from ...vectors.pathology_vector import PathologyVector
 from ..patching.fingerprint import fingerprint
 from ..patching.levels import is_flow
+from ..patching.native_size import about_size
 from ..patching.patch import observed, plan_of
 from ..patching.sites import find_sites, output_width
 from . import runs as sampling
-from .contexts import context_texts, contexts_of, prompt_of, same_prompt
+from .contexts import context_texts, contexts_of, ignored_words, prompt_of, same_prompt
 from .extraction_request import MEAN_DIFFERENCE, PAIRED, SAME_STATE, UNPAIRED, Request
 from .gathering import Batch, Gathering
 
@@ -49,20 +51,19 @@ def extract(model: ModelPatcher, request: Request, tell: Callable[[str], None] =
     Progress counts samples x steps. What is in ``request.store`` is not sampled again, and what was sampled is kept
     there, also of an extraction that was stopped; ``tell`` hears what came from there.
     """
-    batch = request.latent["samples"].shape[0]
-    if batch != 1:
-        raise MedSteerError(
-            f"latent_image has a batch of {batch}; a batch of 1 was expected, since only its shape counts here. Set "
-            "batch_size to 1 and use `samples` instead."
-        )
     if request.noise not in (PAIRED, UNPAIRED, SAME_STATE):
         raise MedSteerError(f"noise is '{request.noise}'; 'paired', 'unpaired' or 'same state' was expected.")
+    unknown = about_ignored(ignored_words(request.present, request.absent, request.negative))
     if same_prompt(request.present, request.absent):
         raise MedSteerError(
-            "The prompts 'present' and 'absent' are the same, so there is no direction between them. Give two "
-            "different prompts, one with the finding and one without it; if their texts do differ, the text encoder "
-            "does not know the words."
+            "The prompts 'present' and 'absent' are the same to the model, so there is no direction between them. Give "
+            "two different prompts, one with the finding and one without it. "
+            + (unknown or "If their texts do differ, the text encoder does not know the words.")
         )
+    if unknown:
+        tell(f"Warning: {unknown}")
+    for doubt in about_size(model, sampling.empty_latent(model, request.latent).shape):
+        tell(doubt)
     _check_estimator(request)
     if request.noise == SAME_STATE:
         return _extract_same_state(model, request, tell)

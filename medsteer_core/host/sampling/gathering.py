@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...errors import MedSteerError
 from ...extraction.sample_store import Checkpoint, State
+from ..canvas.notes import say_on_running_node
 from . import runs as sampling
 from .contexts import contexts_of
 from .extraction_request import SAME_STATE, Request
@@ -80,11 +81,17 @@ class Gathering:
                 self._report.skip(len(done.images) * self.request.schedule.steps)
                 self._tell(f"{name}: {len(done.images)} of {len(images)} samples were there from before")
             done.after = lambda: checkpoint.offer(done.images, state)
+        stopped = True
         try:
             yield done
+            stopped = False
         finally:
             if checkpoint is not None:
                 checkpoint.close(done.images, state)
+            if stopped:
+                there = f"{len(done.images)} of {len(images)} samples"
+                kept = "are kept, and the next run goes on from them" if checkpoint and done.images else "are kept"
+                say_on_running_node(f"Stopped ({name}): {there} {kept}.")
 
     @cached_property
     def _shared_facts(self) -> dict[str, Any]:

@@ -52,3 +52,5 @@ class PairRequest:
     computed_tokens: str = ALL
     kept_gigabytes: float = 0.0
     recipe: str = CUSTOM
+    steer_nodes: int = 0  # in the graph before the model, where that is known
+    asked_size: tuple[int, int] | None = None  # height and width in pixels that the graph asks for, where known

@@ -65,3 +65,21 @@ def test_padding_does_not_change_a_prompt():
     alone = encoder(torch.tensor([text.tokenize("polyps")]))[0]
     assert ids.shape == mask.shape == (2, 5)
     assert torch.allclose(encoder(ids, mask)[0, :2], alone, atol=1e-6)
+
+
+def test_what_is_ignored_is_named_once_and_fillers_are_not():
+    assert text.ignored("Barrett oesophagus, with BLEEDING and bleeding of the z line") == [
+        "barrett",
+        "oesophagus",
+        "bleeding",
+    ]
+    assert text.ignored("An endoscopic image of a polyp on the normal caecum") == [] == text.ignored("")
+    assert text.ignored("no polyps") == ["no"]  # it would turn the meaning round
+
+
+def test_an_unknown_word_comes_with_the_nearest_known_one():
+    assert (text.nearest("polips"), text.nearest("esophagtis"), text.nearest("xray")) == ("polyps", "esophagitis", None)
+    assert text.about_ignored([]) == ""
+    said = text.about_ignored(["polips", "xray"])
+    assert said.startswith("EndoPhantom does not know 'polips' (did you mean 'polyps'?), 'xray' and ignores that.")
+    assert said.endswith("ulcerative, colitis.")

@@ -511,3 +511,17 @@ def test_in_place_refuses_an_activation_of_which_it_would_change_a_copy(operator
     a = torch.randn(5, 3, 16).transpose(0, 1)
     with pytest.raises(RuntimeError, match="view size is not compatible"):
         operator(a, full_step(torch.float32), in_place=True)
+
+
+@pytest.mark.parametrize("lost", [float("nan"), float("inf")])
+def test_a_token_that_is_not_finite_is_lost_alone(lost):
+    generator = torch.Generator().manual_seed(3)
+    a = torch.randn(2, 6, 8, generator=generator)
+    d = torch.nn.functional.normalize(torch.randn(1, 8, generator=generator), dim=-1)
+    spoilt = a.clone()
+    spoilt[0, 2] = lost
+    steered = affine(spoilt, d, 2 * d, torch.ones(1), 1.5, 1.0, False)
+    without = affine(a[:, [0, 1, 3, 4, 5]], d, 2 * d, torch.ones(1), 1.5, 1.0, False)
+    torch.testing.assert_close(steered[0, [0, 1, 3, 4, 5]], without[0])  # as if it were not there
+    torch.testing.assert_close(steered[1], affine(a, d, 2 * d, torch.ones(1), 1.5, 1.0, False)[1])
+    assert not steered[0, 2].isfinite().any()

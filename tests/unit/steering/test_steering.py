@@ -377,3 +377,13 @@ def test_switch_takes_the_second_vectors_directions():
     d, t = (vector.at(site, 5.0).directions[0] for vector in (source, target))
     expected = a + 1.5 * (a @ d).clamp_min(0)[..., None] * (t - d)
     torch.testing.assert_close(prepared.apply(site, a, {}), expected)
+
+
+def test_a_vector_that_the_models_dtype_cannot_hold_is_refused_by_the_dtypes_name():
+    vector = make_vector()
+    sites = {name: replace(site, gaps=site.gaps * 0 + 7e4) for name, site in vector.sites.items()}
+    far = SteeringPlan((steering(Add(1.0), vector=replace(vector, sites=sites)),))
+    with pytest.raises(MedSteerError, match="values up to 7e[+]04, and float16, in which .* ends at 65,504"):
+        PreparedPlan(far).prepare(4.0, torch.float16, CPU)
+    for dtype in (torch.bfloat16, torch.float32):
+        assert PreparedPlan(far).prepare(4.0, dtype, CPU) == NAMES

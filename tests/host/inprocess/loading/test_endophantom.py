@@ -8,6 +8,7 @@ from medsteer_pack.medsteer_core.endophantom.autoencoder import TinyAutoencoder
 from medsteer_pack.medsteer_core.endophantom.bundle import Bundle
 from medsteer_pack.medsteer_core.endophantom.phantom import Anatomy, render
 from medsteer_pack.medsteer_core.endophantom.pixart_twin import PixArtConfig, PixArtTwin
+from medsteer_pack.medsteer_core.endophantom.text import IGNORED
 from medsteer_pack.medsteer_core.host.loading import embedded
 from medsteer_pack.medsteer_core.host.patching.sites import find_sites
 from medsteer_pack.medsteer_core.host.sampling import extraction
@@ -214,3 +215,28 @@ def test_a_steered_batch_of_three_equals_three_singles(model, vector, encode):
     singles = torch.cat([sample(steered, *texts, batch_index=[index])["samples"] for index in range(3)])
     assert (batch - singles).abs().max() < 1e-6 * batch.abs().max()
     assert (batch - sample(double, *texts, batch=3, batch_index=[0, 1, 2])["samples"]).abs().mean() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("prompt", "known", "unknown"),
+    [
+        ("Barrett oesophagus with bleeding", "", ("barrett", "oesophagus", "bleeding")),
+        ("An endoscopic image of polips", "endoscopic image", ("polips",)),
+        ("(polyps:1.3) without dye", "(polyps:1.3) dye", ("without",)),
+        ("dyed-lifted-foo polyps", "dyed lifted polyps", ("foo",)),
+        ("An endoscopic image of the polyps", "endoscopic image polyps", ()),
+    ],
+)
+def test_words_that_it_does_not_know_stand_beside_the_prompts_context(encode, prompt, known, unknown):
+    ((found, facts),), ((expected, plain),) = encode(prompt), encode(known)
+    assert torch.equal(found, expected) and torch.equal(facts["pooled_output"], plain["pooled_output"])
+    assert facts.get(IGNORED, ()) == unknown and IGNORED not in plain
+
+
+def test_the_node_that_encodes_says_it(encode, monkeypatch, caplog):
+    said = []
+    monkeypatch.setattr(embedded, "say_on_running_node", said.append)
+    encode("polips")
+    (text,) = said
+    assert text.startswith("Warning: EndoPhantom does not know 'polips' (did you mean 'polyps'?) and ignores that. It")
+    assert text.removeprefix("Warning: ") in caplog.text

@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from comfy_extras.nodes_custom_sampler import Noise_RandomNoise
+from medsteer_pack.medsteer_core.endophantom.text import IGNORED
 from medsteer_pack.medsteer_core.errors import MedSteerError
 from medsteer_pack.medsteer_core.host.patching.patch import plan_of
 from medsteer_pack.medsteer_core.host.patching.patch import steered as patch_steered
@@ -150,7 +151,7 @@ def test_chained_steerings_and_named_rows(double):
 def test_a_counterfactual_costs_what_its_window_costs(pixart, steps_before, share):
     steered = tiny.steered(pixart, tiny.vector(pixart), operator="suppress", strength=2.0)
     sigmas = sampling.schedule(pixart, 10, "euler", "normal").sigmas
-    steering = replace(plan_of(steered).steerings[0], window=SigmaWindow(float(sigmas[steps_before]), 0.0))
+    steering = replace(plan_of(steered).steerings[0], window=SigmaWindow(float(sigmas[steps_before]), 0.0), span=None)
     steered = patch_steered(pixart, steering)
     two_runs = 2 * tiny.rows_of(pixart, lambda: separate(pixart, steps=10))
     for lock in (OPEN, CONCEPT):  # the map comes with the factual, at no extra run
@@ -269,6 +270,24 @@ def test_strengths_that_are_no_numbers_are_refused(text):
 
 def test_strengths_are_numbers_separated_by_commas():
     assert multiples_of("0.5, 1 ,-2,") == (0.5, 1.0, -2.0)
+    assert multiples_of("0.5,1,1.5") == (0.5, 1.0, 1.5) and multiples_of("1,2,3") == (1.0, 2.0, 3.0)
+
+
+@pytest.mark.parametrize("text", ["1,5", " 0,5 ", "-1,5"])
+def test_what_may_be_a_decimal_comma_is_refused(text):
+    with pytest.raises(MedSteerError, match=r"one number or two. Write a decimal point \(1.5\)"):
+        multiples_of(text)
+    assert "one number or two" in CounterfactualSampler.validate_inputs(strengths=text)
+    assert CounterfactualSampler.validate_inputs(strengths="1, 5") is True
+    assert CounterfactualSampler.validate_inputs(strengths=None) is True  # linked
+
+
+def test_words_that_the_model_ignores_are_told_of_in_the_summary(pixart):
+    steered = tiny.steered(pixart, tiny.vector(pixart))
+    positive = [[tiny.cond(1)[0][0], {IGNORED: ("polips",)}]]
+    said = sample_pair(steered, replace(request(steered), positive=positive)).summary
+    assert "Warning: EndoPhantom does not know 'polips' (did you mean 'polyps'?)" in said
+    assert "does not know" not in sample_pair(steered, request(steered)).summary
 
 
 def test_ablate_has_no_strength_to_multiply(pixart):
@@ -335,3 +354,17 @@ def test_the_node_gives_latents_masks_and_words(pixart):
     assert record["made"]["seed"] == 3 and record["made"]["steering"][0]["operator"] == "suppress"
     assert factual["samples"].shape == other["samples"].shape == (1, 4, 8, 8)
     assert concept_map.shape == mask.shape == (1, 64, 64) and "mask_source: none" in summary
+
+
+def test_a_counterfactual_that_is_the_factual_is_handed_on_with_a_word(pixart):
+    """A node that answers every call alike undoes whatever is steered."""
+    steered = tiny.steered(pixart, tiny.vector(pixart))
+    same = steered.clone()
+    same.set_model_unet_function_wrapper(lambda apply_model, arguments: (
+        apply_model(arguments["input"], arguments["timestep"], **arguments["c"]) * 0 + arguments["input"] * 0.5
+    ))  # fmt: skip
+    said = sample_pair(same, request(same)).summary
+    assert "2 of 2 counterfactuals are the factual image to the last bit (number 1, 2), although" in said
+    still = tiny.steered(pixart, tiny.vector(pixart), operator="suppress", strength=0.0)
+    for model in (steered, still):
+        assert "to the last bit" not in sample_pair(model, request(model)).summary

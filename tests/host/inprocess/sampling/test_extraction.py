@@ -8,6 +8,7 @@ import comfy.utils
 import pytest
 import tiny
 import torch
+from medsteer_pack.medsteer_core.endophantom.text import IGNORED
 from medsteer_pack.medsteer_core.errors import MedSteerError
 from medsteer_pack.medsteer_core.extraction import sample_watch
 from medsteer_pack.medsteer_core.extraction.capture import ActivationSums
@@ -202,9 +203,20 @@ def test_prompts_of_one_text_and_different_areas_are_not_identical(pixart):
     assert vector.steps == 4
 
 
-def test_a_batch_of_latents_is_refused(pixart):
-    with pytest.raises(MedSteerError, match="latent_image has a batch of 2; a batch of 1 was expected"):
-        extract(pixart, latent=tiny.latent(batch=2))
+def test_of_a_batch_of_latents_the_shape_counts(pixart):
+    one, three = (extract(pixart, latent=tiny.latent(batch=batch)) for batch in (1, 3))
+    assert one.content_hash() == three.content_hash()
+
+
+def test_words_that_the_model_does_not_know_are_told_of(pixart):
+    heard = []
+    present = [[PRESENT[0][0], {IGNORED: ("polips", "bleeding")}]]
+    extraction.extract(pixart, tiny.request(pixart, present, ABSENT, NEGATIVE, samples=1), heard.append)
+    (said,) = heard
+    assert "does not know 'polips' (did you mean 'polyps'?), 'bleeding' and ignores that" in said
+    same = [[PRESENT[0][0], {}]]
+    with pytest.raises(MedSteerError, match="are the same to the model.*does not know 'polips'"):
+        extraction.extract(pixart, tiny.request(pixart, present, same, NEGATIVE))
 
 
 def test_an_unknown_noise_is_refused(pixart):

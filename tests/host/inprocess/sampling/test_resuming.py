@@ -29,9 +29,14 @@ def request(model, store=None, **changes):
 
 
 def run(model, store=None, **changes):
-    """(vector, what was said)"""
+    """(vector, what was said of the samples)"""
     told = Told()
-    return extraction.extract(model, request(model, store, **changes), told), told
+
+    def tell(text):
+        if "this model was made for" not in text:  # the tiny images' size
+            told(text)
+
+    return extraction.extract(model, request(model, store, **changes), tell), told
 
 
 @pytest.fixture
