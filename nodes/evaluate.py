@@ -74,9 +74,12 @@ class EvaluatePairs(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, judge: str | None) -> bool | str:
+    def validate_inputs(
+        cls, judge: str | None, source_class: str | None = None, target_class: str | None = None
+    ) -> bool | str:
         # None: linked to another node, so not known yet
-        return judge is None or _problem(judge) or True
+        unfit = "" if judge is None else _problem(judge)
+        return unfit or judge_folder.class_problem(judge, source_class, target_class) or True
 
     @classmethod
     def fingerprint_inputs(cls, judge: str | None = None, **_) -> str:

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..medsteer_core.dataset.pair_dataset import BOXES, NO_BOXES, PairDataset
 from ..medsteer_core.dataset.records import ARMS, BY_CLASSES, COUNTERFACTUAL, FINDING_IN, label_problem
-from ..medsteer_core.dataset.splits import AUTO, CHOICES
+from ..medsteer_core.dataset.splits import AUTO, CHOICES, shares_problem
 from ..medsteer_core.host.canvas.notes import note
 from ..medsteer_core.host.folders import judges as judge_folder
 from ..medsteer_core.host.folders import pairs as pair_folder
@@ -126,14 +126,22 @@ class SaveCounterfactualPairs(io.ComfyNode):
 
     @classmethod
     def validate_inputs(
-        cls, folder: str | None, judge: str | None, source_class: str | None, target_class: str | None
+        cls,
+        folder: str | None,
+        judge: str | None,
+        source_class: str | None,
+        target_class: str | None,
+        split: str | None = None,
+        validation_fraction: float | None = None,
+        test_fraction: float | None = None,
     ) -> bool | str:
         # None: linked to another node, so not known yet
         problems = [
             "" if folder is None else pair_folder.problem(folder),
-            "" if judge is None else judge_folder.problem(judge),
             "" if source_class is None else label_problem(source_class, "source_class"),
             "" if target_class is None else label_problem(target_class, "target_class"),
+            judge_folder.class_problem(judge, source_class, target_class),
+            shares_problem(validation_fraction or 0.0, test_fraction or 0.0) if split in (None, AUTO) else "",
         ]
         return next(filter(None, problems), True)
 

@@ -172,9 +172,17 @@ class StrengthSweep(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, judge: str | None) -> bool | str:
+    def validate_inputs(
+        cls,
+        judge: str | None,
+        source_class: str | None = None,
+        target_class: str | None = None,
+        strengths: str | None = None,
+    ) -> bool | str:
         # None: linked to another node, so not known yet
-        return judge is None or judge_folder.problem(judge) or True
+        if strengths is not None and (unfit := sampled.strengths_problem(strengths)):
+            return unfit
+        return judge_folder.class_problem(judge, source_class, target_class) or True
 
     @classmethod
     def fingerprint_inputs(cls, judge: str | None = None, **_) -> str:

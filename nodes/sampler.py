@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..medsteer_core.errors import MedSteerError
 from ..medsteer_core.host.canvas.notes import note
 from ..medsteer_core.host.sampling import runs as sampling
-from ..medsteer_core.host.sampling.counterfactual import multiples_of, sample_pair
+from ..medsteer_core.host.sampling.counterfactual import multiples_of, sample_pair, strengths_problem
 from ..medsteer_core.host.sampling.pair_request import ALL, COMPUTED, IN_MASK, LOCKS, PairRequest
 from ..medsteer_core.steering.presets import CUSTOM
 from ..medsteer_core.steering.recipes import OPEN, RECIPES
@@ -176,11 +175,8 @@ class CounterfactualSampler(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, strengths: str | None = None) -> bool | str:
-        try:
-            multiples_of(strengths or "1")  # None: linked to another node, so not known yet
-        except MedSteerError as error:
-            return str(error)
-        return True
+        # None: linked to another node, so not known yet
+        return strengths is None or strengths_problem(strengths) or True
 
     @classmethod
     def execute(

@@ -1,5 +1,7 @@
 """Shared by all tests: the checkout's folder, and a small folder that stands in for ComfyUI."""
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 http.server.ThreadingHTTPServer((known.listen, known.port), Handler).serve_forever()
 """
+
+
+@pytest.fixture(scope="session")
+def api_file() -> Callable[[Path], Path]:
+    """From a template (`2 Counterfactual pair.json`) to its API form (`api/counterfactual_pair.json`)."""
+
+    def of(template: Path) -> Path:
+        words = re.findall(r"[a-z0-9]+", re.sub(r"^\d+ ", "", template.stem).lower())
+        return template.parent / "api" / f"{'_'.join(words)}.json"
+
+    return of
 
 
 @pytest.fixture(scope="session")

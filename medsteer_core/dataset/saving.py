@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import MedSteerError
-from ..judges.judge import Judge, Opinion, Terms
+from ..judges.judge import Judge, Opinion, Terms, doubt_about
 from ..scores.images import checked_pair, compare
 from ..scores.scorer import ENDOPHANTOM, score_pairs
 from .boxes import boxes_of
@@ -63,6 +63,7 @@ class Saved:
     records: list[dict[str, Any]]
     new: int
     counts: Mapping[str, int]
+    doubt: str = ""  # about the judge
 
     def in_words(self, folder: str) -> str:
         """Two or three lines on it."""
@@ -73,7 +74,8 @@ class Saved:
         if flips:
             lines.append(f"flipped, says the judge: {sum(flips)} of {len(flips)}")
         sources = ", ".join(sorted({record["mask_source"] for record in self.records}))
-        return "\n".join([*lines, f"mask_source: {sources}"])
+        doubt = [f"Warning: {self.doubt}"] if self.doubt else []
+        return "\n".join([*lines, f"mask_source: {sources}", *doubt])
 
 
 def save_pairs(dataset: PairDataset, request: SaveRequest) -> Saved:
@@ -97,7 +99,7 @@ def save_pairs(dataset: PairDataset, request: SaveRequest) -> Saved:
         added = dataset.add(record, *pictures, mask)
         new += added
         records.append(record if added else dataset.record(record["pair_id"]))
-    return Saved(records, new, dataset.write_index(request.boxes))
+    return Saved(records, new, dataset.write_index(request.boxes), doubt_about(request.judge))
 
 
 def _levels(request: SaveRequest) -> tuple[np.ndarray, np.ndarray]:

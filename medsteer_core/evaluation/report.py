@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ..dataset.records import ARMS, COUNTERFACTUAL, RANDOM, REPROMPT, STRENGTH_ZERO
 from ..errors import MedSteerError
 from ..intervals import bootstrap
-from ..judges.judge import Judge
+from ..judges.judge import Judge, doubt_about
 from ..scores.images import mean
 from ..scores.lpips import load_lpips
 from ..scores.pair import PairScore, rounded, structure_measure
@@ -165,6 +165,7 @@ def report(pairs: Iterable[Scored], judge: Judge, notes: Sequence[str] = ()) -> 
     zero = by_arm.get(STRENGTH_ZERO, [])
     same = sum(pair.score.identical for pair in zero)
     sources = sorted({pair.mask_source for pair in every})
+    doubts = filter(None, [doubt_about(judge)])
     return {
         "judge": judge.identity,
         "source": every[0].score.source,
@@ -178,7 +179,7 @@ def report(pairs: Iterable[Scored], judge: Judge, notes: Sequence[str] = ()) -> 
             "largest_difference": max((pair.largest for pair in zero), default=None),
         },
         "arms": arms,
-        "notes": [*notes, *(f"Not judged: {part}." for part in every[0].score.not_judged)],
+        "notes": [*doubts, *notes, *(f"Not judged: {part}." for part in every[0].score.not_judged)],
         "pairs": [pair.to_dict() for pair in every],
     }
 

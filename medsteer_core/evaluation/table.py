@@ -15,6 +15,7 @@ _MASKS = {
     "user": "the given mask",
     "none": "no mask",
 }
+LEAST_COUNTED = 0.5  # of the pairs; where fewer are of the source class, a report leads with that
 _ROUNDING = 1.01  # levels: two roundings of nearly the same value
 _HEAD = ("arm", "flip rate (95% interval)", "target score change", "off-target drift")
 _PAIRS = (
@@ -49,7 +50,9 @@ def flip_rate(arm: Mapping[str, Any]) -> str:
     if not arm["accepted"]:
         return f"none of {arm['n']} counted"
     low, high = arm["flip_rate_interval"]
-    return f"{arm['flips']}/{arm['accepted']} = {arm['flip_rate']:.0%} ({low:.0%} to {high:.0%})"
+    rate = f"{arm['flips']}/{arm['accepted']} = {arm['flip_rate']:.0%} ({low:.0%} to {high:.0%})"
+    few = arm["accepted"] < LEAST_COUNTED * arm["n"]
+    return f"only {arm['accepted']} of {arm['n']} pairs counted: {rate}" if few else rate
 
 
 def with_interval(value: float | None, interval: Sequence[float] | None, form: str = ".3f") -> str:
@@ -69,7 +72,8 @@ def text(report: Mapping[str, Any]) -> str:
 
 def in_short(report: Mapping[str, Any]) -> str:
     """Flip rates and the null test, a line each."""
-    return "\n".join([*(f"{arm['arm']}: {flip_rate(arm)}" for arm in report["arms"]), null_test(report)])
+    doubts = [note for note in report["notes"] if note.startswith("This judge can't be told from guessing")]
+    return "\n".join([*(f"{arm['arm']}: {flip_rate(arm)}" for arm in report["arms"]), null_test(report), *doubts])
 
 
 def markdown(report: Mapping[str, Any]) -> str:

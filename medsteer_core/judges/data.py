@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import MedSteerError
+from ..files.picture_file import read_picture
 from .preprocessing import Preprocessing
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
@@ -139,12 +140,8 @@ class Pictures(Dataset):
 
 
 def read(path: Path) -> Image.Image:
-    """An image as RGB. MedSteerError for a file that is none, or is cut short."""
-    try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise MedSteerError(f"'{path}' is not a readable image ({error}). Replace or remove it.") from error
+    """An image as RGB (`files.picture_file`). MedSteerError for a file that is none, or is cut short."""
+    return read_picture(path)
 
 
 def pixels(path: Path) -> Tensor:

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from ..errors import MedSteerError
 from .card import Card, SegmenterCard, read_classifier, read_segmenter
+from .held_out import doubt_of
 from .judge import Answers, Terms
 
 SUFFIXES = (".safetensors", ".onnx")
@@ -76,6 +77,7 @@ class FileJudge:
     segmenter: FileNetwork | None
     terms: Terms
     identity: str
+    doubt: str = ""  # where held-out images do not tell it from guessing
 
     def __call__(self, images: Tensor) -> Answers:
         """What it says of images ``(n, 3, H, W)`` in 0..1; masks ``(n, findings, H, W)`` are at the images' size."""
@@ -103,9 +105,16 @@ def load_judge(
     card = read_classifier(sheet)
     network = _network(weights, card, device)
     marker = None if found is None else _network(found[0], read_segmenter(found[1], card.named), device)
-    judge = FileJudge(network, marker, _terms(card, marker and marker.card), _identity(network, marker))
+    terms, identity = _terms(card, marker and marker.card), _identity(network, marker)
+    judge = FileJudge(network, marker, terms, identity, doubt_of(path) if path.is_dir() else "")
     judge(torch.full((1, 3, 64, 64), 0.5))  # outputs that do not fit show now, not at the first pair
     return judge
+
+
+def classes_of(path: str | os.PathLike[str]) -> tuple[str, ...]:
+    """The classes that a judge's JSON names, without a look at its weights. MedSteerError for a JSON that is none."""
+    path = Path(path)
+    return read_classifier(path / "judge.json" if path.is_dir() else path.with_suffix(".json")).named
 
 
 def _flat(network: FileNetwork, images: Tensor) -> Tensor:

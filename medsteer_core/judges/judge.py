@@ -87,13 +87,21 @@ class Opinion(Protocol):
 
 
 class Judge(Protocol):
-    """Looks at images ``(n, 3, H, W)`` in 0..1. ``identity`` tells it from any other, by a hash of its files."""
+    """Looks at images ``(n, 3, H, W)`` in 0..1. ``identity`` tells it from any other, by a hash of its files.
+
+    It may have a ``doubt``: what whoever reads its word has to know (see `doubt_about`).
+    """
 
     @property
     def terms(self) -> Terms: ...
     @property
     def identity(self) -> str: ...
     def __call__(self, images: Tensor) -> Opinion: ...
+
+
+def doubt_about(judge: Judge | None) -> str:
+    """A warning about a judge's worth; "" where there is none."""
+    return getattr(judge, "doubt", "")
 
 
 @dataclass(frozen=True)

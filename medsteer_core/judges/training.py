@@ -29,6 +29,7 @@ from ..intervals import wilson
 from .data import PARTS, Listed, Pictures, Split, augmented, listed, pixels, split
 from .files import FileJudge, load_judge
 from .fit import Fitted, Recipe, fit
+from .held_out import about
 from .preprocessing import CROP_MODES, Preprocessing
 from .timm_network import config_of, load_strictly, new_classifier, tensors_of, timm_package
 
@@ -44,6 +45,8 @@ def main(words: list[str] | None = None) -> int:
     print(f"accuracy {metrics['accuracy']:.4f} [{low:.4f}, {high:.4f}] on {metrics['images']['test']} held-out images")
     for name, recall in metrics["recall"].items():
         print(f"  recall of {name}: {recall:.4f}")
+    if doubt := about(metrics):
+        print(f"WARNING: {doubt}")
     return 0
 
 

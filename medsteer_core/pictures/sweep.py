@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import MedSteerError
-from ..judges.judge import Judge
+from ..judges.judge import Judge, doubt_about
 from ..scores.images import checked_pair, compare
 from ..scores.pair import PairScore
 from ..scores.scorer import score_pairs, summarise
@@ -32,6 +32,7 @@ class Sweep:
     source: str = ""
     target: str = ""
     judge: str = ""
+    doubt: str = ""  # about the judge
 
 
 def by_strength(factuals: Tensor, counterfactuals: Tensor, strengths: Sequence[float]) -> Tensor:
@@ -73,7 +74,7 @@ def sweep(
         source, target = found[0].source, found[0].target
     width = len(strengths)
     rows = tuple(tuple(found[start : start + width]) for start in range(0, len(found), width))
-    return Sweep(tuple(strengths), rows, source, target, name)
+    return Sweep(tuple(strengths), rows, source, target, name, doubt_about(judge))
 
 
 def records(found: Sweep) -> dict[str, Any]:
@@ -88,6 +89,7 @@ def records(found: Sweep) -> dict[str, Any]:
     summaries = [{"strength": s, **summarise(cells)} for s, cells in zip(found.strengths, columns, strict=False)]
     return {
         "judge": found.judge or None,
+        **({"warning": found.doubt} if found.doubt else {}),
         "source": found.source or None,
         "target": found.target or None,
         "strengths": list(found.strengths),

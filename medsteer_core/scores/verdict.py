@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..judges.judge import Answers, Judge
+from ..judges.judge import Answers, Judge, doubt_about
 from .images import SSIM_WINDOW, checked_pair, mean, ssim_map
 from .pair import scores_of
 from .parts import DISTANCE_LIMIT, halves
@@ -32,6 +32,7 @@ def verdict(factuals: Tensor, counterfactuals: Tensor, judge: Judge | None, mask
         return "The counterfactual is the factual image, byte for byte: nothing was changed."
     if judge is None:
         return f"No judge is chosen. {_capital(_kept(a, b, mask))}."
+    doubt = [f"Warning: {said}"] if (said := doubt_about(judge)) else []
     before, after = halves(judge(torch.cat([a, b])))
     labels = [[judge.terms.labels[i] for i in of.probabilities.argmax(1)] for of in (before, after)]
     far = _far(before)
@@ -49,7 +50,7 @@ def verdict(factuals: Tensor, counterfactuals: Tensor, judge: Judge | None, mask
         )
         if all(far):
             lines.append(f"{_capital(_kept(a, b, mask))}.")
-    return "\n".join(lines)
+    return "\n".join([*lines, *doubt])
 
 
 def _far(answers: Answers) -> list[bool]:

@@ -113,7 +113,7 @@ class FrontEnd:
         self.page.get_by_role("button", name="Templates").first.click()
         self.page.get_by_test_id("template-workflows-content").wait_for()
         self.page.locator("nav").get_by_text(pack, exact=True).click()
-        self.page.get_by_test_id("template-workflow-counterfactual_pair").wait_for()
+        self.page.get_by_test_id("template-workflow-2 Counterfactual pair").wait_for()
 
     def open_template(self, pack: str, name: str) -> None:
         """Open one of the pack's templates by its card."""

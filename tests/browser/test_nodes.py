@@ -10,7 +10,7 @@ from PIL import Image
 from medsteer_core.steering.recipes import RECIPES
 
 DOCS = Path(__file__).resolve().parents[2] / "web" / "docs"
-EXAMPLE = DOCS.parents[1] / "example_workflows" / "counterfactual_pair.json"
+EXAMPLE = DOCS.parents[1] / "example_workflows" / "2 Counterfactual pair.json"
 # Of each node of the pack on the canvas: the text that it shows, and by how many pixels the text is cut.
 NOTES = """() => Object.fromEntries(app.graph._nodes.flatMap(node => {
   const note = node.widgets?.find(widget => widget.name === 'medsteer_note')?.element;
@@ -18,7 +18,13 @@ NOTES = """() => Object.fromEntries(app.graph._nodes.flatMap(node => {
   const shown = note.isConnected && note.clientHeight > 0;
   return [[node.type, {text: note.textContent, cut: shown ? note.scrollHeight - note.clientHeight : null}]];
 }))"""
-EXTRACT, STEER = "MedSteer_ExtractPathologyVector", "MedSteer_Steer"
+# The widgets of the first node of a type, by name; and one of them set as a user's hand does it.
+WIDGETS = """type => Object.fromEntries(app.graph._nodes.find(node => node.type === type).widgets
+  .map(widget => [widget.name, widget.value]))"""
+TURN = """([type, name, value]) => { const node = app.graph._nodes.find(node => node.type === type);
+  const widget = node.widgets.find(widget => widget.name === name); widget.value = value;
+  widget.callback?.(value, app.canvas, node); }"""
+EXTRACT, STEER, SAMPLER = "MedSteer_ExtractPathologyVector", "MedSteer_Steer", "MedSteer_CounterfactualSampler"
 
 
 def red_pixels(png: bytes) -> int:
@@ -90,13 +96,31 @@ def test_a_wrong_input_turns_the_node_red_with_our_message(front):
     assert said in panel.inner_text()
 
 
-# The widgets of the first node of a type, by name; and one of them set as a user's hand does it.
-WIDGETS = """type => Object.fromEntries(app.graph._nodes.find(node => node.type === type).widgets
-  .map(widget => [widget.name, widget.value]))"""
-TURN = """([type, name, value]) => { const node = app.graph._nodes.find(node => node.type === type);
-  const widget = node.widgets.find(widget => widget.name === name); widget.value = value;
-  widget.callback?.(value, app.canvas, node); }"""
-SAMPLER = "MedSteer_CounterfactualSampler"
+def test_a_node_that_fails_no_longer_shows_what_the_run_before_it_did(front):
+    front.drop(EXAMPLE)
+    front.page.evaluate("app.graph._nodes.find(n => n.type === 'MedSteer_ExtractPathologyVector').widgets[0].value = 1")
+    assert front.run()["status"]["status_str"] == "success"
+    front.page.wait_for_function(f"({NOTES})()['{STEER}'] !== undefined")
+    front.page.evaluate(TURN, [STEER, "sites", "nonsense"])
+    assert front.run()["status"]["status_str"] == "error"
+    front.page.wait_for_function(f"({NOTES})()['{STEER}'] === undefined")
+    assert EXTRACT in front.page.evaluate(NOTES)
+
+
+def test_words_that_the_model_does_not_know_are_named_on_the_node_that_encodes_them(front):
+    front.drop(EXAMPLE.parent / "1 A first pair.json")
+    prompt = """text => { app.graph._nodes.find(node => node.title === 'Factual prompt').widgets[0].value = text; }"""
+    front.page.evaluate(prompt, "An endoscopic image of polips")
+    assert front.run()["status"]["status_str"] == "success"
+    front.page.wait_for_function(f"({NOTES})()['CLIPTextEncode'] !== undefined")
+    said = "EndoPhantom does not know 'polips' (did you mean 'polyps'?) and ignores that."
+    notes = front.page.evaluate(NOTES)
+    assert said in notes["CLIPTextEncode"]["text"] and said in notes[SAMPLER]["text"]
+    front.picture("unknown_word")
+    front.page.evaluate(prompt, "An endoscopic image of polyps")
+    assert front.run()["status"]["status_str"] == "success"
+    front.page.wait_for_function(f"({NOTES})()['CLIPTextEncode'] === undefined")
+    assert front.errors() == []
 
 
 @pytest.mark.parametrize("nodes_2", [False, True], ids=["canvas", "nodes_2"])

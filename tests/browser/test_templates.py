@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "example_workflows").glob("*.json"))
-NEEDS_DOWNLOADS = {"pixart_kvasir_counterfactual"}
+NEEDS_DOWNLOADS = {"8 PixArt Kvasir counterfactual"}
 PACK = "medsteer"
 every_template = pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 every_runnable = pytest.mark.parametrize(

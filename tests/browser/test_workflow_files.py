@@ -51,10 +51,10 @@ def test_the_schema_check_is_on(front, tmp_path):
 
 
 @every_example
-def test_the_api_file_is_what_the_front_end_exports(front, path, pytestconfig):
+def test_the_api_file_is_what_the_front_end_exports(front, path, pytestconfig, api_file):
     front.drop(path)
     exported = front.api_form()
-    file = path.parent / "api" / path.name
+    file = api_file(path)
     if pytestconfig.getoption("write_api"):
         file.write_text(json.dumps(exported, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     assert json.loads(file.read_text(encoding="utf-8")) == exported, "write it anew with: python dev.py export"

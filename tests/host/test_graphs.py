@@ -137,9 +137,9 @@ def test_an_example_gives_every_node_what_it_asks_for(comfy, path):
 
 
 @pytest.mark.parametrize("path", sorted(WORKFLOWS.glob("*.json")), ids=lambda path: path.stem)
-def test_an_examples_two_forms_hold_the_same_nodes(path):
+def test_an_examples_two_forms_hold_the_same_nodes(path, api_file):
     drawn = json.loads(path.read_text(encoding="utf-8"))
-    headless = json.loads((path.parent / "api" / path.name).read_text(encoding="utf-8"))
+    headless = json.loads(api_file(path).read_text(encoding="utf-8"))
     on_canvas = [node["type"] for node in drawn["nodes"] if node["type"] not in SHOWING_ONLY]
     in_api = [entry["class_type"] for entry in headless.values() if entry["class_type"] not in SHOWING_ONLY]
     assert sorted(on_canvas) == sorted(in_api)

@@ -12,17 +12,19 @@ import folder_paths
 
 from ...errors import MedSteerError
 from ...files.inside import shown
+from ...judges.held_out import doubt_of
 from .vectors import FOLDER, JUDGES
 
 if TYPE_CHECKING:
-    from ...judges.judge import Judge
+    from ...judges.judge import Judge, Terms
 
 EMBEDDED, NONE = "EndoPhantom", "none"
 
 
 def names() -> list[str]:
-    """EndoPhantom's judge, none, then the folders and weights files that have their JSON."""
-    return [EMBEDDED, NONE, *_found()]
+    """EndoPhantom's judge, none, then the folders and weights files that have their JSON; last those that held-out
+    images do not tell from guessing."""
+    return [EMBEDDED, NONE, *sorted(found := _found(), key=lambda name: bool(doubt_of(found[name])))]
 
 
 def problem(name: str) -> str:
@@ -33,6 +35,34 @@ def problem(name: str) -> str:
         f"There is no judge '{shown(name)}'; one of these was expected: {', '.join(names())}. Put a judge's folder "
         f"into models/{FOLDER}/{JUDGES} and refresh the list (R)."
     )
+
+
+def class_problem(name: str | None, source_class: str | None, target_class: str | None) -> str:
+    """Why a judge can't judge pairs of these classes, or can't be chosen; "" when it can, and for what is not known."""
+    if name is None:  # linked to another node, so not known yet
+        return ""
+    if (found := problem(name)) or name == NONE:
+        return found
+    try:
+        terms = _terms(name)
+        for given, role in ((source_class, "source"), (target_class, "target")):
+            if given is not None:
+                terms.class_named(given, role)
+    except MedSteerError as error:
+        return f"judge '{name}': {error}"
+    return ""
+
+
+def _terms(name: str) -> Terms:
+    from ...judges.judge import Terms
+
+    if name == EMBEDDED:
+        from ...scores.pair import ENDOPHANTOM
+
+        return ENDOPHANTOM
+    from ...judges.files import classes_of
+
+    return Terms((), classes_of(_found()[name]))
 
 
 def judge_of(name: str) -> Judge | None:

@@ -71,6 +71,15 @@ def multiples_of(text: str) -> tuple[float, ...]:
     return numbers
 
 
+def strengths_problem(text: str) -> str:
+    """Why a text is no strengths, "" when it is some."""
+    try:
+        multiples_of(text)
+    except MedSteerError as error:
+        return str(error)
+    return ""
+
+
 def sample_pair(model: ModelPatcher, request: PairRequest) -> Pair:
     """Factual and counterfactual latents of a steered MODEL, or of another prompt, or both (see PairRequest and Pair).
 

@@ -12,6 +12,7 @@ from medsteer_core.evaluation import report as evaluation
 from medsteer_core.evaluation import table as evaluation_table
 from medsteer_core.evaluation.plot import WIDTH, evaluation_picture
 from medsteer_core.evaluation.report import evaluate_batches, report, scored
+from medsteer_core.evaluation.table import flip_rate
 from medsteer_core.judges.judge import Answers, Terms
 from medsteer_core.scores.pair import PairScore
 from medsteer_core.scores.scorer import score_pairs, summarise, wilson
@@ -268,3 +269,13 @@ def test_nothing_accepted_is_said_and_drawn():
     assert found["arms"][0]["flip_rate"] is None
     assert "none of 1 counted" in evaluation_table.text(found)
     assert evaluation_picture([found]).shape[2] == WIDTH
+
+
+@pytest.mark.parametrize(
+    ("accepted", "leads"), [(1, "only 1 of 50 pairs counted: 1/1"), (24, "only 24 of 50"), (25, "25/25")]
+)
+def test_a_rate_of_few_pairs_leads_with_how_few_they_are(accepted, leads):
+    low, high = wilson(accepted, accepted)
+    arm = {"arm": "counterfactual", "n": 50, "accepted": accepted, "flips": accepted, "flip_rate": 1.0,
+           "flip_rate_interval": (low, high)}  # fmt: skip
+    assert flip_rate(arm).startswith(leads)

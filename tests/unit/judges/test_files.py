@@ -14,7 +14,7 @@ from PIL import Image
 
 from medsteer_core.endophantom.phantom import CLASSES as KVASIR_CLASSES
 from medsteer_core.errors import MedSteerError
-from medsteer_core.judges.files import load_judge
+from medsteer_core.judges.files import classes_of, load_judge
 from medsteer_core.judges.judge import Answers, Terms
 from medsteer_core.judges.preprocessing import Preprocessing
 from medsteer_core.scores import scorer as evaluate
@@ -682,3 +682,12 @@ def test_a_judge_of_its_own_terms_needs_an_identity():
 
     with pytest.raises(MedSteerError, match="no identity"):
         score_pairs(torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32), "a", "b", Nameless())
+
+
+def test_a_judges_classes_are_known_without_its_weights(tmp_path):
+    write(tmp_path / "judge.json", CARD)
+    (tmp_path / "classifier.safetensors").write_bytes(b"")
+    assert classes_of(tmp_path) == tuple(LABELS)
+    (tmp_path / "judge.json").write_text("{", encoding="utf-8")
+    with pytest.raises(MedSteerError, match="judge.json"):
+        classes_of(tmp_path)

@@ -14,6 +14,8 @@ from medsteer_pack.medsteer_core.host.folders import judges as judge_folder
 from medsteer_pack.medsteer_core.host.folders import vectors as vector_folder
 from medsteer_pack.medsteer_core.host.sampling import extraction
 from medsteer_pack.medsteer_core.pictures.summary import describe
+from medsteer_pack.nodes.evaluate import EvaluatePairs
+from medsteer_pack.nodes.export import SaveCounterfactualPairs
 from medsteer_pack.nodes.pictures import CounterfactualPanel, InspectVector, StrengthSweep
 
 PRESENT, ABSENT, NEGATIVE = tiny.cond(1), tiny.cond(2), tiny.cond(3, tokens=2)
@@ -111,3 +113,22 @@ def test_judges_are_listed_from_the_models_folder_and_others_are_refused():
 def test_cores_compare_images_takes_a_pair_of_ours():
     output = ImageCompare.execute(image_a=FACTUAL, image_b=STEERED[:2])
     assert len(output.ui["a_images"]) == len(output.ui["b_images"]) == 2
+
+
+@pytest.mark.parametrize("node", [StrengthSweep, EvaluatePairs, SaveCounterfactualPairs])
+def test_a_class_that_the_judge_does_not_know_is_refused_when_run_is_pressed(node):
+    more = {"folder": "pairs"} if node is SaveCounterfactualPairs else {}
+    classes = {"source_class": "polyps", "target_class": "normal cecum"}
+    assert node.validate_inputs(judge="EndoPhantom", **classes, **more) is True
+    said = node.validate_inputs(judge="EndoPhantom", **{**classes, "target_class": "Barrett"}, **more)
+    assert said.startswith("judge 'EndoPhantom': the target class is 'Barrett'; one of these was expected: dyed")
+    assert node.validate_inputs(judge=None, **{**classes, "target_class": "Barrett"}, **more) is True  # linked
+    assert node.validate_inputs(judge="EndoPhantom", **dict.fromkeys(classes), **more) is True
+
+
+def test_whatever_can_be_told_of_widgets_is_told_when_run_is_pressed():
+    assert "one number or two" in StrengthSweep.validate_inputs(judge="none", strengths="1,5")
+    save = {"folder": "pairs", "judge": "none", "source_class": "a", "target_class": "b", "split": "auto"}
+    assert SaveCounterfactualPairs.validate_inputs(**save, validation_fraction=0.5, test_fraction=0.5) is True
+    said = SaveCounterfactualPairs.validate_inputs(**save, validation_fraction=0.6, test_fraction=0.5)
+    assert "together at most 1" in said
