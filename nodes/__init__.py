@@ -1,7 +1,10 @@
 """The pack's nodes: schemas and tooltips, each with one call into the core."""
 
+from pathlib import Path
+
 from comfy_api.latest import ComfyExtension, io
 
+from ..medsteer_core.host.folders.copies import tell_of_another_copy
 from ..medsteer_core.host.folders.vectors import register_folder
 from ..medsteer_core.host.loading.embedded import register_vae
 from .combine import CombineVectors
@@ -47,6 +50,7 @@ class MedSteerExtension(ComfyExtension):
 
     async def on_load(self) -> None:
         register_folder()
+        tell_of_another_copy(f"custom_nodes.{Path(__file__).parent.parent.name}")
         register_vae()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:

@@ -90,7 +90,10 @@ def raise_unless_passing(error: Exception, address: str) -> None:
         raise ServerRefused(address, error.code, error.read(100_000)) from None
     cause = error.reason if isinstance(error, urllib.error.URLError) else error
     if isinstance(cause, ssl.SSLCertVerificationError):
-        raise ServerUnreachable(f"the certificate of {address} is not trusted: {cause.verify_message}") from None
+        raise ServerUnreachable(
+            f"the certificate of {address} is not trusted: {cause.verify_message}. If it is your own server's, name "
+            "its certificate (PEM) in the environment variable SSL_CERT_FILE, or reach the server through ssh -L."
+        ) from None
 
 
 def reason_of(error: Exception) -> str:

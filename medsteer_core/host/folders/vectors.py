@@ -27,8 +27,30 @@ _AGAIN = ", or make it again with Extract and Save Pathology Vector"
 
 
 def register_folder() -> None:
-    """Make ``models/medsteer`` known to ComfyUI (and to the user's extra model paths)."""
-    folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER), is_default=True)
+    """Make ``models/medsteer`` known to ComfyUI, before the user's extra model paths unless those are the default."""
+    own = os.path.join(folder_paths.models_dir, FOLDER)
+    folder_paths.add_model_folder_path(FOLDER, own, is_default=not _has_default_of_user())
+
+
+def _has_default_of_user() -> bool:
+    """Whether an extra_model_paths file that ComfyUI reads names our folder under ``is_default``.
+
+    ComfyUI has read it by now, and keeps the paths without that word.
+    """
+    import yaml
+    from comfy.cli_args import args
+
+    beside = Path(folder_paths.__file__).parent / "extra_model_paths.yaml"
+    named = [Path(path) for paths in args.extra_model_paths_config or () for path in paths]
+    for path in (beside, *named):
+        try:
+            sections = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            continue
+        values = sections.values() if isinstance(sections, dict) else ()
+        if any(isinstance(one, dict) and one.get("is_default") and FOLDER in one for one in values):
+            return True
+    return False
 
 
 def names() -> list[str]:

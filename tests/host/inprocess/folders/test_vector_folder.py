@@ -5,6 +5,7 @@ import pytest
 import tiny
 from medsteer_pack.medsteer_core.errors import MedSteerError
 from medsteer_pack.medsteer_core.host.folders import vectors as vector_folder
+from medsteer_pack.medsteer_core.host.folders.copies import ONE_OF_OURS, tell_of_another_copy
 from medsteer_pack.nodes.vectors import LoadPathologyVector
 
 
@@ -117,3 +118,44 @@ def test_a_listed_file_that_is_no_vector_is_refused(folders):
     (folders / "input" / "notes.safetensors").write_text("not a vector")
     with pytest.raises(MedSteerError, match="a text file, not a readable safetensors file"):
         vector_folder.load("input/notes.safetensors")
+
+
+def test_another_copy_of_the_pack_is_told_of(caplog, monkeypatch):
+    import nodes
+
+    class There:
+        RELATIVE_PYTHON_MODULE = "custom_nodes.medsteer-old"
+
+    monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, ONE_OF_OURS, There)
+    tell_of_another_copy("custom_nodes.medsteer-old")
+    assert caplog.text == ""
+    tell_of_another_copy("custom_nodes.medsteer")
+    assert "installed twice, as 'custom_nodes.medsteer-old' and as 'custom_nodes.medsteer'" in caplog.text
+    monkeypatch.delitem(nodes.NODE_CLASS_MAPPINGS, ONE_OF_OURS)
+    caplog.clear()
+    tell_of_another_copy("custom_nodes.medsteer")
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [
+        ("a:\n  is_default: true\n  medsteer: THERE\n", "THERE"),
+        ("a:\n  medsteer: THERE\n", "own"),
+        ("a:\n  is_default: true\n  loras: THERE\n", "own"),
+        ("[broken", "own"),
+        ("- a\n- b\n", "own"),
+        (None, "own"),
+    ],
+)
+def test_the_users_default_folder_stays_the_first(tmp_path, monkeypatch, text, first):
+    from comfy.cli_args import args
+
+    config = tmp_path / "extra.yaml"
+    if text is not None:
+        config.write_text(text, encoding="utf-8")
+    monkeypatch.setattr(args, "extra_model_paths_config", [[str(config)]])
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, vector_folder.FOLDER, (["THERE"], set()))
+    vector_folder.register_folder()
+    paths = folder_paths.get_folder_paths(vector_folder.FOLDER)
+    assert len(paths) == 2 and (paths[0] == "THERE") == (first == "THERE")
