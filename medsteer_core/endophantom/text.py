@@ -49,6 +49,11 @@ def nearest(word: str) -> str | None:
     return found[0] if found else None
 
 
+def ignored_in_short(words: Iterable[str]) -> str:
+    """Ignored words with their nearest known ones, for the little room on a prompt's node."""
+    return "Ignored: " + ", ".join(f"{word} ({near}?)" if (near := nearest(word)) else word for word in words)
+
+
 def about_ignored(words: Iterable[str]) -> str:
     """What there is to say of ignored words; "" of none."""
     told = [f"'{word}' (did you mean '{near}'?)" if (near := nearest(word)) else f"'{word}'" for word in words]

@@ -132,9 +132,8 @@ class EndoPhantomText(nn.Module):
         encoded = context.float().to(device), start[:, 0].float().to(device)
         if not unknown:
             return encoded
-        said = text.about_ignored(unknown)
-        logging.warning("MedSteer: %s", said)
-        say_on_running_node(f"Warning: {said}")
+        logging.warning("MedSteer: %s", text.about_ignored(unknown))
+        say_on_running_node(text.ignored_in_short(unknown))
         return *encoded, {text.IGNORED: unknown}
 
     def load_sd(self, state: dict[str, Tensor]):
