@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..medsteer_core.dataset.pair_dataset import BOXES, NO_BOXES, PairDataset
 from ..medsteer_core.dataset.records import ARMS, BY_CLASSES, COUNTERFACTUAL, FINDING_IN, label_problem
-from ..medsteer_core.dataset.splits import AUTO, CHOICES, shares_problem
+from ..medsteer_core.dataset.splits import AUTO, CHOICES, split_problem
 from ..medsteer_core.host.canvas.notes import note
 from ..medsteer_core.host.folders import judges as judge_folder
 from ..medsteer_core.host.folders import pairs as pair_folder
@@ -141,7 +141,7 @@ class SaveCounterfactualPairs(io.ComfyNode):
             "" if source_class is None else label_problem(source_class, "source_class"),
             "" if target_class is None else label_problem(target_class, "target_class"),
             judge_folder.class_problem(judge, source_class, target_class),
-            shares_problem(validation_fraction or 0.0, test_fraction or 0.0) if split in (None, AUTO) else "",
+            split_problem(AUTO if split is None else split, validation_fraction or 0.0, test_fraction or 0.0),
         ]
         return next(filter(None, problems), True)
 

@@ -22,19 +22,19 @@ def split_of(group_id: str, split: str, validation: float, test: float) -> str:
 
     ``validation`` and ``test`` are shares of the groups, at least 0 and together at most 1. Raises MedSteerError.
     """
+    if unfit := split_problem(split, validation, test):
+        raise MedSteerError(unfit)
     if split in SPLITS:
         return split
-    if split != AUTO:
-        raise MedSteerError(f"split is '{split}'; one of {', '.join(CHOICES)} was expected.")
-    if unfit := shares_problem(validation, test):
-        raise MedSteerError(unfit)
     place = int.from_bytes(hashlib.sha256(f"split of {group_id}".encode()).digest()[:8], "big") / 2**64
     return "test" if place < test else "validation" if place < test + validation else "train"
 
 
-def shares_problem(validation: float, test: float) -> str:
-    """Why two splits can't have these shares of the groups; "" when they can."""
-    if validation >= 0 and test >= 0 and validation + test <= 1:
+def split_problem(split: str, validation: float, test: float) -> str:
+    """Why there is no such split, or none with these shares of the groups; "" when there is."""
+    if split not in CHOICES:
+        return f"split is '{split}'; one of {', '.join(CHOICES)} was expected."
+    if split in SPLITS or (validation >= 0 and test >= 0 and validation + test <= 1):
         return ""
     return (
         f"validation_fraction is {validation:g} and test_fraction {test:g}; shares of at least 0 and at most 1 "

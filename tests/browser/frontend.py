@@ -31,6 +31,15 @@ FIRST_GRAPH_MODELS = tuple(
     f"https://huggingface.co/Comfy-Org/z_image_turbo/resolve/main/split_files/{name}.safetensors"
     for name in ("text_encoders/qwen_3_4b", "diffusion_models/z_image_turbo_bf16")
 )
+# Template 8 names what has to be downloaded, and the front end asks for the files' sizes.
+TEMPLATE_MODELS = tuple(
+    f"https://huggingface.co/{name}.safetensors"
+    for name in (
+        "PixArt-alpha/PixArt-XL-2-512x512/resolve/main/transformer/diffusion_pytorch_model",
+        "PixArt-alpha/PixArt-XL-2-512x512/resolve/main/vae/diffusion_pytorch_model",
+        "comfyanonymous/flux_text_encoders/resolve/main/t5xxl_fp16",
+    )
+)
 FORBIDDEN = (
     "Connecting to '{}' violates the following Content Security Policy directive: \"connect-src 'self' data:\". "
     "The action has been blocked.",
@@ -43,8 +52,8 @@ KNOWN_ERRORS = (
     (NOT_FOUND, r"/api/userdata/comfy\.templates\.json$", "a fresh profile has no saved node templates"),
     ("ComfyApp graph accessed before initialization", r"/assets/settingStore-", "the front end does so as it starts"),
     *(
-        (text.format(model), r"/assets/missingModelDownload-", "ComfyUI's own first graph, before the pack's is opened")
-        for model in FIRST_GRAPH_MODELS
+        (text.format(model), r"/assets/missingModelDownload-", "sizes of missing models, which it may not ask for")
+        for model in (*FIRST_GRAPH_MODELS, *TEMPLATE_MODELS)
         for text in FORBIDDEN
     ),
     (NOT_FOUND, r"/docs/\w+/en\.md$", "the help of a node is asked for in the language first, then without one"),

@@ -121,6 +121,7 @@ def test_a_link_that_leads_out_of_the_output_folder_is_refused(comfy, comfy_serv
 @pytest.mark.parametrize("changes, message", [
     ({"source_class": "a\nb"}, "source_class is"), ({"judge": "nobody"}, "no judge 'nobody'"),
     ({"split": "holdout"}, "split"), ({"test_fraction": 1.5}, "test_fraction"),
+    ({"source_class": "tumour"}, "the source class is 'tumour'"),
 ])  # fmt: skip
 def test_wrong_settings_are_refused_before_anything_runs(comfy, changes, message):
     with pytest.raises(WorkflowRefused, match=message):
@@ -131,7 +132,6 @@ def test_wrong_settings_are_refused_before_anything_runs(comfy, changes, message
     (1000, {"split": "test"}, "seed 1000, image 0 made the vector.*another seed"),
     (7, {"mask": ["8", 3]}, "had no lock, so it marks the whole image"),
     (7, {"counterfactual": ["10", 0]}, "2 factual images, 2 counterfactual ones and 4 records"),
-    (7, {"source_class": "tumour"}, "the source class is 'tumour'"),
 ])  # fmt: skip
 def test_what_can_only_be_seen_later_stops_the_node_with_nothing_written(comfy, comfy_server, seed, changes, message):
     with pytest.raises(WorkflowFailed, match=f"(?s){message}"):

@@ -41,7 +41,7 @@ def class_problem(name: str | None, source_class: str | None, target_class: str 
     """Why a judge can't judge pairs of these classes, or can't be chosen; "" when it can, and for what is not known."""
     if name is None:  # linked to another node, so not known yet
         return ""
-    if (found := problem(name)) or name == NONE:
+    if (found := problem(name)) or name == NONE or source_class is target_class is None:
         return found
     try:
         terms = _terms(name)

@@ -121,7 +121,7 @@ def test_a_dropped_hook_is_an_error_and_without_that_check_fails_the_thresholds(
     good.vector(PAIR, presets.medsteer.noise, SAMPLES)  # made before, since extraction needs the hooks
     store = BrokenStore(lab, tmp_path, good, unchanged)
     monkeypatch.setattr(calls, "hooks", lambda sites, visit: nullcontext())
-    with pytest.raises(MedSteerError, match="There is no concept map: the steering changes nothing here"):
+    with pytest.raises(MedSteerError, match="There is no concept map: .*the steering changes nothing here"):
         measure("ours", store)
     unlocked = replace(presets, ours={"removing": replace(presets.ours["removing"], lock="none")})
     with pytest.raises(MedSteerError, match="changed nothing"):

@@ -131,4 +131,4 @@ def test_whatever_can_be_told_of_widgets_is_told_when_run_is_pressed():
     save = {"folder": "pairs", "judge": "none", "source_class": "a", "target_class": "b", "split": "auto"}
     assert SaveCounterfactualPairs.validate_inputs(**save, validation_fraction=0.5, test_fraction=0.5) is True
     said = SaveCounterfactualPairs.validate_inputs(**save, validation_fraction=0.6, test_fraction=0.5)
-    assert "together at most 1" in said
+    assert "at most 1 together" in said

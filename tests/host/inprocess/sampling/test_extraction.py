@@ -212,7 +212,7 @@ def test_words_that_the_model_does_not_know_are_told_of(pixart):
     heard = []
     present = [[PRESENT[0][0], {IGNORED: ("polips", "bleeding")}]]
     extraction.extract(pixart, tiny.request(pixart, present, ABSENT, NEGATIVE, samples=1), heard.append)
-    (said,) = heard
+    said = "\n".join(heard)
     assert "does not know 'polips' (did you mean 'polyps'?), 'bleeding' and ignores that" in said
     same = [[PRESENT[0][0], {}]]
     with pytest.raises(MedSteerError, match="are the same to the model.*does not know 'polips'"):

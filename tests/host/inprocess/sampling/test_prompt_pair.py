@@ -191,7 +191,7 @@ def test_the_summary_warns_of_inputs_that_are_not_the_recipes_and_of_another_one
     focal = RECIPES["remove focal"].sampler
     as_it_says = request(pixart, recipe="remove focal", lock=focal["lock"], threshold=focal["lock_threshold"],
                          dilation=focal["lock_dilation"], start_percent=focal["counterfactual_start"])  # fmt: skip
-    assert "Warning" not in sample_pair(pixart, as_it_says).summary
+    assert "recipe says" not in sample_pair(pixart, as_it_says).summary
     said = sample_pair(pixart, replace(as_it_says, lock="none")).summary
     assert "recipe says 'remove focal', but lock is none, the recipe's automatic. The inputs count." in said
     added, note = steer(
