@@ -1,5 +1,7 @@
 """Extractions that go on: after a cancel, with more samples, with another estimator; and prompts in contexts."""
 
+import re
+
 import comfy.model_management
 import comfy.samplers
 import comfy.utils
@@ -9,7 +11,7 @@ import torch
 from medsteer_pack.medsteer_core.errors import MedSteerError
 from medsteer_pack.medsteer_core.extraction.prompt_contexts import filled
 from medsteer_pack.medsteer_core.extraction.sample_store import SampleStore
-from medsteer_pack.medsteer_core.host.sampling import contexts, extraction
+from medsteer_pack.medsteer_core.host.sampling import contexts, extraction, gathering
 from medsteer_pack.medsteer_core.host.sampling import runs as sampling
 from medsteer_pack.medsteer_core.pictures.summary import describe
 
@@ -112,10 +114,15 @@ def test_a_cancelled_extraction_goes_on_to_the_same_bits(pixart, store, sampled,
             raise comfy.model_management.InterruptProcessingException()
         return real(*args)
 
+    said = []
     with monkeypatch.context() as patched:
         patched.setattr(comfy.samplers, "calc_cond_batch", cancelled)
+        patched.setattr(gathering, "say_on_running_node", said.append)
         with pytest.raises(comfy.model_management.InterruptProcessingException):
             run(pixart, store, noise=noise, samples=6)
+    (told,) = said
+    kept, going_on = int(re.search(r": (\d) of 6 samples are kept", told)[1]), "the next run goes on from them" in told
+    assert going_on == (kept > 0) and (kept > 0 or after <= 7 or noise != "same state")
     sampled.clear()
     resumed, _ = run(pixart, store, noise=noise, samples=6)
     full = 6 if noise == "same state" else 12
