@@ -136,17 +136,33 @@ def raise_for_status(status: Mapping[str, Any], workflow: Workflow) -> None:
 
 
 def refusal_text(answer: Mapping[str, Any], workflow: Workflow) -> str:
-    """The server's refusal of a workflow in readable lines: one for each wrong input, with node and input names."""
+    """The server's refusal of a workflow in readable lines: one for each wrong input, with node and input names.
+
+    What a node itself says of its inputs ComfyUI repeats at each of them; here it stands once.
+    """
     lines = []
     for node_id, found in (answer.get("node_errors") or {}).items():
-        for error in found.get("errors", []):
-            name = (error.get("extra_info") or {}).get("input_name")
-            where = f"node {node_title(workflow, node_id)} (id {node_id})" + (f", input {name}" if name else "")
-            lines.append(f"{where}: {_joined(error)}")
+        errors = [((error.get("extra_info") or {}).get("input_name"), error) for error in found.get("errors", [])]
+        own = [_own_words(name, error) for name, error in errors]
+        for (name, error), words in zip(errors, own, strict=True):
+            where = f"node {node_title(workflow, node_id)} (id {node_id})"
+            if words and own.count(words) > 1:
+                lines.append(f"{where}: {words}")
+            else:
+                lines.append(f"{where}{f', input {name}' if name else ''}: {_joined(error)}")
+    lines = list(dict.fromkeys(lines))
     error = answer.get("error")
     if not lines:
         lines.append(_joined(error) if isinstance(error, Mapping) else str(error or answer))
     return "ComfyUI refused the workflow:\n  " + "\n  ".join(lines)
+
+
+def _own_words(name: str | None, error: Mapping[str, Any]) -> str:
+    """What a node's own validation says, without the input's name that ComfyUI puts before it; "" for other errors."""
+    before = f"{name} - "
+    details = str(error.get("details", ""))
+    own = error.get("type") == "custom_validation_failed" and details.startswith(before)
+    return details.removeprefix(before) if own else ""
 
 
 def _joined(error: Mapping[str, Any]) -> str:

@@ -117,3 +117,17 @@ def test_an_interruption_is_its_own_kind_of_error():
 def test_a_failure_without_a_reason_is_still_an_error():
     with pytest.raises(WorkflowError, match="'error'"):
         raise_for_status({"status_str": "error", "messages": []}, WORKFLOW)
+
+
+def test_what_a_node_says_of_all_its_inputs_stands_once():
+    def said(name, text="wrong class"):
+        return {"type": "custom_validation_failed", "message": "Custom validation failed for node",
+                "details": f"{name} - {text}", "extra_info": {"input_name": name}}  # fmt: skip
+
+    errors = [said("judge"), said("folder"), said("split", "another")]
+    answer = {"node_errors": {"3": {"errors": errors}}, "error": {}}
+    workflow = {"3": {"class_type": "Save", "inputs": {}}}
+    assert refusal_text(answer, workflow).splitlines()[1:] == [
+        "  node Save (id 3): wrong class",
+        "  node Save (id 3), input split: Custom validation failed for node (split - another)",
+    ]
