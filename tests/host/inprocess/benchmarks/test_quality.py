@@ -126,7 +126,7 @@ def test_a_dropped_hook_is_an_error_and_without_that_check_fails_the_thresholds(
     unlocked = replace(presets, ours={"removing": replace(presets.ours["removing"], lock="none")})
     with pytest.raises(MedSteerError, match="changed nothing"):
         measure("ours", store, unlocked)
-    monkeypatch.setattr(calls, "check_touched", lambda run, result: None)
+    monkeypatch.setattr(calls, "check_touched", lambda run: None)
     record = measure("ours", store, unlocked)
     assert not is_good(record), record
     assert record["flip"] == 0.0
