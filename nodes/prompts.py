@@ -9,20 +9,23 @@ from ..medsteer_core.errors import MedSteerError
 from ..medsteer_core.steering.recipes import AUTOMATIC, CONCEPT, PREDICTION
 
 
+def _linked(prompt: dict[str, Any] | None, node_id: str | None, input_name: str) -> tuple[dict[str, Any], list]:
+    """The node linked to ``input_name`` of node ``node_id`` in an API prompt, and the link; {} and [] where none is."""
+    link = (prompt or {}).get(str(node_id), {}).get("inputs", {}).get(input_name)
+    if not isinstance(link, list) or not link:
+        return {}, []
+    return (prompt or {}).get(str(link[0]), {}), link
+
+
 def prompt_text(prompt: dict[str, Any] | None, node_id: str | None, input_name: str) -> str | None:
     """The text of the encode node linked to ``input_name`` of node ``node_id`` in an API prompt; None if unknown."""
-    node = (prompt or {}).get(str(node_id), {})
-    link = node.get("inputs", {}).get(input_name)
-    if not isinstance(link, list) or not link:
-        return None
-    text = (prompt or {}).get(str(link[0]), {}).get("inputs", {}).get("text")
+    text = _linked(prompt, node_id, input_name)[0].get("inputs", {}).get("text")
     return text if isinstance(text, str) else None
 
 
 def asked_size(prompt: dict[str, Any] | None, node_id: str | None, input_name: str) -> tuple[int, int] | None:
     """Height and width in pixels at the node linked to ``input_name``, if it has them as widgets; None if unknown."""
-    link = (prompt or {}).get(str(node_id), {}).get("inputs", {}).get(input_name)
-    inputs = (prompt or {}).get(str(link[0]), {}).get("inputs", {}) if isinstance(link, list) and link else {}
+    inputs = _linked(prompt, node_id, input_name)[0].get("inputs", {})
     sides = inputs.get("height"), inputs.get("width")
     return sides if all(isinstance(side, int) and not isinstance(side, bool) for side in sides) else None
 
@@ -38,10 +41,8 @@ def mask_of_sampler(
 
     ``records`` are Counterfactual Sampler's: its output mask is what its lock was. MedSteerError when that was none.
     """
-    link = (prompt or {}).get(str(node_id), {}).get("inputs", {}).get(input_name)
-    if not isinstance(link, list) or len(link) != 2:
-        return "user"
-    if (prompt or {}).get(str(link[0]), {}).get("class_type") != _SAMPLER:
+    node, link = _linked(prompt, node_id, input_name)
+    if len(link) != 2 or node.get("class_type") != _SAMPLER:
         return "user"
     source = records[0]["made"]["lock"]["mask_source"] if records else "none"
     if link[1] == _CONCEPT_MAP:
@@ -56,17 +57,13 @@ def mask_of_sampler(
 
 def mask_in_graph(prompt: dict[str, Any] | None, node_id: str | None, input_name: str) -> str:
     """`mask_of_sampler` where no records are at hand: by what the graph says of the sampler alone."""
-    nodes = prompt or {}
-    link = nodes.get(str(node_id), {}).get("inputs", {}).get(input_name)
-    if not isinstance(link, list) or len(link) != 2:
-        return "user"
-    sampler = nodes.get(str(link[0]), {})
-    if sampler.get("class_type") != _SAMPLER:
+    sampler, link = _linked(prompt, node_id, input_name)
+    if len(link) != 2 or sampler.get("class_type") != _SAMPLER:
         return "user"
     inputs = sampler.get("inputs", {})
     lock = inputs.get("lock")
     if lock == AUTOMATIC:
-        lock = CONCEPT if steer_nodes(nodes, str(link[0])) else PREDICTION
+        lock = CONCEPT if steer_nodes(prompt, str(link[0])) else PREDICTION
     if link[1] == _CONCEPT_MAP:
         return PREDICTION if lock == PREDICTION else CONCEPT
     return lock if link[1] == _MASK and lock in (CONCEPT, PREDICTION) and "mask" not in inputs else "user"

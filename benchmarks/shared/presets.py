@@ -138,7 +138,6 @@ MEDSTEER = _published(presets.MEDSTEER, (1.0, 1.5, 2.0, 3.0), noise="unpaired")
 POLYPSTEER = _published(presets.POLYPSTEER, (1.5, 2.5, 3.5), noise="paired")
 
 
-# A focal finding is taken away under a lock from its own concept map; a diffuse one is everywhere, a new one is not.
 def _recipe(name: str, strengths: tuple[float, ...]) -> Preset:
     """A recipe of the nodes Steer and Counterfactual Sampler, its strength the headline."""
     steer, pair = RECIPES[name].steer, RECIPES[name].sampler
@@ -150,6 +149,7 @@ def _recipe(name: str, strengths: tuple[float, ...]) -> Preset:
     )  # fmt: skip
 
 
+# A focal finding is taken away under a lock from its own concept map; a diffuse one is everywhere, a new one is not.
 OURS = {
     "removing": _recipe(REMOVE_FOCAL, (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)),
     "removing diffuse": _recipe(REMOVE_DIFFUSE, (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)),

@@ -7,6 +7,8 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..judges.held_out import GUESSES
+
 MEASURES = {"ssim_outside": "SSIM outside", "anatomy_drift": "anatomy drift", "ssim": "SSIM, whole image"}
 _MASKS = {
     "segmenter": "the segmenter's masks",
@@ -72,7 +74,7 @@ def text(report: Mapping[str, Any]) -> str:
 
 def in_short(report: Mapping[str, Any]) -> str:
     """Flip rates and the null test, a line each."""
-    doubts = [note for note in report["notes"] if note.startswith("This judge can't be told from guessing")]
+    doubts = [note for note in report["notes"] if note.startswith(GUESSES)]
     return "\n".join([*(f"{arm['arm']}: {flip_rate(arm)}" for arm in report["arms"]), null_test(report), *doubts])
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+GUESSES = "This judge can't be told from guessing"  # how the doubt begins
 METRICS = "metrics.json"  # what the training leaves beside judge.json
 
 
@@ -35,7 +36,7 @@ def about(metrics: Mapping[str, Any]) -> str:
     if not all(map(math.isfinite, (low, high, accuracy))) or low > chance:
         return ""
     return (
-        f"This judge can't be told from guessing: accuracy {accuracy:.2f} [{low:.2f}, {high:.2f}] on {sum(counts)} "
+        f"{GUESSES}: accuracy {accuracy:.2f} [{low:.2f}, {high:.2f}] on {sum(counts)} "
         f"held-out images, where always naming the most frequent class gives {chance:.2f}. Its word is worth little; "
         "train it on more images, or for longer."
     )

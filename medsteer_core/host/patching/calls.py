@@ -20,7 +20,7 @@ from .hooks import hooks, is_free, rows_first, uncompiled
 from .levels import on_schedule
 from .rows import chunk_names, names_by_text, names_of_indices, names_of_uuids, ranges_of, row_finder
 from .run_state import OBSERVERS, PLAN, RUN, SHOWN, TOKENS, Observer, Run
-from .stages import is_later, reachable, unsteered_stage
+from .stages import reachable, unsteered_stage
 from .tokens import Keeping, keeping, kept_rows, sparse
 
 
@@ -29,7 +29,7 @@ def outer_sample(executor: Callable, noise: Tensor, latent: Tensor, sampler: Any
     guider = executor.class_obj
     options = guider.model_options["transformer_options"]  # this run's own copy
     plan, shown = options.get(PLAN, SteeringPlan()), options.get(SHOWN)
-    plan, elsewhere = reachable(on_schedule(plan, guider.model_patcher), sigmas, guider.conds, is_later(noise))
+    plan, elsewhere = reachable(on_schedule(plan, guider.model_patcher), sigmas, guider.conds, noise)
     for steering in elsewhere:
         say_on_running_node(unsteered_stage(steering, sigmas))
     if shown is not None:
@@ -76,7 +76,7 @@ def calc_cond_batch(executor: Callable, model: Any, conds: list, x: Tensor, time
         run.is_rewritten = "model_function_wrapper" in model_options
         if run.conds:
             run.index_names = names_of_indices(conds, run.conds)
-        run.texts = _texts(conds, run.index_names)
+        run.evaluated = conds
     return executor(model, conds, x, timestep, model_options)
 
 
@@ -145,7 +145,7 @@ def _steered_call(executor, run: Run, share: float, options: dict[str, Any], arg
     whole = _is_whole(run, len(x), options)
     rows = row_finder(x.shape[0], options, run.uuid_names, run.index_names)
     if run.is_rewritten or not whole:
-        named = names_by_text(arguments[3], run.texts)
+        named = names_by_text(arguments[3], _texts(run.evaluated, run.index_names))
         if named is not None:
             rows = ranges_of(named)
         elif not whole:

@@ -50,7 +50,7 @@ class Run:
         self.index_names: tuple[str, ...] = INDEX_NAMES
         self.size: tuple[int, ...] | None = None  # of the latent whose areas the model calls see
         self.images: int | None = None  # that this prediction is of; None outside of ComfyUI's own predictions
-        self.texts: dict[str, list[Tensor]] = {}  # of this prediction's conditionings, by their names
+        self.evaluated: list = []  # this prediction's conditionings, in the order of `index_names`
         self.is_rewritten = False  # whether a node stands between this prediction and the model
         self._found: dict[int, Found] = {}
         self._tokens: dict[int, TokenModel | None] = {}

@@ -12,18 +12,13 @@ from ...steering.plan import Steering, SteeringPlan
 from .checks import check_conds, check_reachable
 
 
-def is_later(noise: Tensor) -> bool:
-    """Whether a run goes on from another's latents: it adds no noise of its own."""
-    return not bool(torch.count_nonzero(noise))
-
-
 def reachable(
-    plan: SteeringPlan, sigmas: Tensor, conds: Mapping[str, Any], later: bool
+    plan: SteeringPlan, sigmas: Tensor, conds: Mapping[str, Any], noise: Tensor
 ) -> tuple[SteeringPlan, list[Steering]]:
     """The steerings that a run of these noise levels can reach, and those that another stage of the sampling has.
 
-    A run that stops short of 0 is followed by another, and a ``later`` one follows another. Raises MedSteerError for a
-    steering that no stage can reach, and for rows that the sampler does not have.
+    A run that stops short of 0 is followed by another, and one without ``noise`` of its own follows another. Raises
+    MedSteerError for a steering that no stage can reach, and for rows that the sampler does not have.
     """
     here, elsewhere = [], []
     levels = [float(sigma) for sigma in sigmas[:-1] if float(sigma) > 0]
@@ -31,7 +26,7 @@ def reachable(
         window = steering.window
         missed = bool(levels) and not steering.operator.is_identity and not window.any_of(levels)
         comes = float(sigmas[-1]) > 0 and window.end_sigma < levels[-1] if missed else False
-        was = later and window.start_sigma > levels[0] if missed else False
+        was = missed and window.start_sigma > levels[0] and not bool(torch.count_nonzero(noise))
         (elsewhere if comes or was else here).append(steering)
     check_reachable(SteeringPlan(tuple(here)), sigmas, conds)
     check_conds(SteeringPlan(tuple(elsewhere)), conds)
