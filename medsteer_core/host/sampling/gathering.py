@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import comfy.utils
@@ -21,6 +22,7 @@ from .contexts import contexts_of
 from .extraction_request import SAME_STATE, Request
 from .run_facts import Indescribable, model_facts, plain, schedule_facts
 
+FIRST = 2  # images of the first run
 SEEDS = (1 << 64) - 1  # stochastic samplers on the CPU add 1, and torch takes nothing from 2**64 on
 
 
@@ -52,9 +54,8 @@ class Gathering:
         """
         for context in range(self._contexts):
             own = images[context :: self._contexts]
-            size = sampling.batch_that_fits(self.model, self._latent, len(own))
-            for start in range(0, len(own), size):
-                left = [image for image in own[start : start + size] if image not in done.images]
+            for batch in _batches(own, sampling.batch_that_fits(self.model, self._latent, len(own))):
+                left = [image for image in batch if image not in done.images]
                 if left:
                     noise = sampling.noise_for(self._latent, self.request.seed, left)
                     # Another batch gets another seed for samplers with noise of their own: they would draw the same.
@@ -131,6 +132,13 @@ class Done:
     def add(self, images: Sequence[int]) -> None:
         self.images += images
         self.after()
+
+
+def _batches(images: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """The images in runs of ``size``, a long first one in two parts: a run that is stopped early has kept something."""
+    early = {FIRST} if min(size, len(images)) > 2 * FIRST else set()
+    cuts = sorted({*range(0, len(images), size), *early, len(images)})
+    return (images[start:end] for start, end in pairwise(cuts))
 
 
 class _Progress:

@@ -131,6 +131,30 @@ def test_a_cancelled_extraction_goes_on_to_the_same_bits(pixart, store, sampled,
     assert tiny.hook_count(pixart) == 0
 
 
+@pytest.mark.parametrize("noise", KINDS)
+def test_the_first_run_is_a_small_one_so_that_an_early_cancel_has_kept_something(pixart, store, sampled, monkeypatch,
+                                                                                noise):  # fmt: skip
+    whole, _ = run(pixart, noise=noise, samples=10)
+    assert sampled == ([2, 3, 2, 3] if noise == "same state" else [2, 8, 2, 8])
+    sampled.clear()
+    name = "sample_beside" if noise == "same state" else "sample"
+    real = getattr(sampling, name)
+
+    def cancelled(*args, **options):
+        if len(sampled) == 1:
+            raise comfy.model_management.InterruptProcessingException()
+        return real(*args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sampling, name, cancelled)
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            run(pixart, store, noise=noise, samples=10)
+    assert sampled == [2]
+    resumed, told = run(pixart, store, noise=noise, samples=10)
+    assert "2 of 10 samples were there from before" in told[0] and sum(sampled) == (10 if noise == "same state" else 20)
+    same(whole, resumed)
+
+
 def test_another_estimator_takes_the_same_samples(pixart, store, sampled):
     run(pixart, store, samples=6)
     sampled.clear()
