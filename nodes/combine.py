@@ -21,18 +21,27 @@ class CombineVectors(io.ComfyNode):
             node_id="MedSteer_CombineVectors",
             display_name="Combine Pathology Vectors",
             category=f"{CATEGORY}/vectors",
-            description="Makes one pathology vector of two: sum, difference, mean, one without the other, or both.",
+            description=(
+                "Makes one pathology vector of two: both findings at once, one without the other, or the mean of two "
+                "wordings."
+            ),
             search_aliases=["add vectors", "subtract vectors", "orthogonalise", "orthogonalize", "vector arithmetic"],
             inputs=[
-                Vector.Input("a", tooltip="From Extract or Load Pathology Vector. Its noise levels are the result's."),
-                Vector.Input("b", tooltip="Another vector of the same model and LoRAs; any sampler and steps."),
+                Vector.Input(
+                    "a",
+                    tooltip="The first vector, from Extract or Load Pathology Vector. The result has its noise levels.",
+                ),
+                Vector.Input(
+                    "b", tooltip="The second vector, of the same model and LoRAs; sampler and steps may differ."
+                ),
                 io.Combo.Input(
                     "how",
                     options=list(HOW),
                     default=HOW[0],
                     tooltip=(
-                        "add, subtract, average: of the two displacements, gap times direction. orthogonalise a "
-                        "against b: what of a does not move b's finding. joint subspace: both at once, as one vector."
+                        "What you get. add: both findings along one direction. subtract: a less b, such as dyed "
+                        "polyps less polyps. average: one finding from two wordings. orthogonalise a against b: a "
+                        "without moving b's finding. joint subspace: both findings, each along its own direction."
                     ),
                 ),
                 _weight("weight_a", "How much of a counts, for add, subtract and average."),

@@ -17,10 +17,7 @@ class PromptContexts(io.ComfyNode):
             node_id="MedSteer_PromptContexts",
             display_name="Prompt Contexts",
             category=f"{CATEGORY}/vectors",
-            description=(
-                "Encodes both concepts in several wordings, over which Extract Pathology Vector averages, so that the "
-                "direction is the finding's and not the wording's."
-            ),
+            description="Puts two concepts into several wordings: a vector then learns the finding, not the wording.",
             search_aliases=["prompt templates", "prompt ensemble", "contrastive prompts", "medsteer"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder."),

@@ -19,16 +19,26 @@ class CounterfactualCompare(io.ComfyNode):
             node_id="MedSteer_CounterfactualCompare",
             display_name="Counterfactual Compare",
             category=f"{CATEGORY}/evaluate",
-            description="Draws the signed difference of a factual and a counterfactual image and measures it.",
+            description="Shows in colour what changed between the two images of a pair, and measures how much.",
             search_aliases=["difference map", "ssim", "pair metrics", "medsteer"],
             inputs=[
                 io.Image.Input("factual", tooltip="The unsteered image."),
                 io.Image.Input("counterfactual", tooltip="The steered image from the same seed; same size and batch."),
             ],
             outputs=[
-                io.Image.Output("difference", tooltip="Signed brightness difference and legend, of the first 8 pairs."),
+                io.Image.Output(
+                    "difference",
+                    tooltip=(
+                        "What changed, with a legend: orange is brighter in the counterfactual, purple darker. The "
+                        "first 8 pairs."
+                    ),
+                ),
                 io.String.Output(
-                    "metrics", tooltip="SSIM, PSNR in dB, changed share of pixels, for each pair, as JSON."
+                    "metrics",
+                    tooltip=(
+                        "How alike the images of each pair are (SSIM, PSNR in dB), and the share of pixels that "
+                        "changed, as JSON."
+                    ),
                 ),
             ],
             is_output_node=True,

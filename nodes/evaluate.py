@@ -22,7 +22,10 @@ class EvaluatePairs(io.ComfyNode):
             node_id="MedSteer_EvaluatePairs",
             display_name="Evaluate Pairs",
             category=f"{CATEGORY}/evaluate",
-            description="Measures flip rate, score change and kept structure of pairs and of their controls.",
+            description=(
+                "Counts how often the finding changed as wanted, measures what else changed, and compares with "
+                "controls."
+            ),
             search_aliases=["flip rate", "judge", "control", "null test", "lpips", "ssim", "psnr", "medsteer"],
             inputs=[
                 io.Image.Input("factual", tooltip="The unsteered images."),
@@ -32,8 +35,8 @@ class EvaluatePairs(io.ComfyNode):
                     options=[name for name in judge_folder.names() if name != judge_folder.NONE],
                     default=judge_folder.EMBEDDED,
                     tooltip=(
-                        "Who scores. EndoPhantom: its own judge, which knows its drawings only. Others are in "
-                        "models/medsteer/judges."
+                        "Says what is in each image. EndoPhantom: its own judge, which knows its drawings only. "
+                        "Others are in models/medsteer/judges."
                     ),
                 ),
                 io.String.Input(
@@ -44,8 +47,8 @@ class EvaluatePairs(io.ComfyNode):
                     "mask",
                     optional=True,
                     tooltip=(
-                        "Where the finding is, one or one for each pair: Counterfactual Sampler's concept_map, or your "
-                        "own. It counts where the judge marks no findings."
+                        "Marks the finding where the judge marks none: one mask, or one for each pair; Counterfactual "
+                        "Sampler's concept_map, or your own."
                     ),
                 ),
                 io.Image.Input(
@@ -133,7 +136,10 @@ class RandomDirection(io.ComfyNode):
             node_id="MedSteer_RandomDirection",
             display_name="Random Direction",
             category=f"{CATEGORY}/vectors",
-            description="Makes a control of a vector: the same vector with directions that were drawn, not learnt.",
+            description=(
+                "Makes a control for a pathology vector: the same vector with directions drawn at random, which "
+                "should not work."
+            ),
             search_aliases=["control", "null direction", "baseline", "medsteer"],
             inputs=[
                 Vector.Input("vector", tooltip="The vector that the pairs are steered with."),
@@ -143,14 +149,15 @@ class RandomDirection(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="Which directions are drawn. Repeat with several: one draw is one sample.",
+                    tooltip="Another seed draws other directions. Use several: one draw is one sample.",
                 ),
                 Vector.Input(
                     "within_class",
                     optional=True,
                     tooltip=(
-                        "Two vectors of the same prompts, noise unpaired, other seeds, subtracted by Combine: draws "
-                        "then lie where images of one class differ. Without it every direction is as likely."
+                        "Makes the control stricter: draws then lie where images of one class differ. Connect two "
+                        "vectors of the same prompts, noise unpaired, other seeds, subtracted by Combine. Without it "
+                        "every direction is as likely."
                     ),
                 ),
             ],

@@ -21,7 +21,7 @@ class SaveCounterfactualPairs(io.ComfyNode):
             node_id="MedSteer_SaveCounterfactualPairs",
             display_name="Save Counterfactual Pairs",
             category=f"{CATEGORY}/dataset",
-            description="Adds pairs to a dataset folder: images, masks, labels, splits, and how each was made.",
+            description="Adds pairs to a dataset folder: images, masks, labels, splits, and how each pair was made.",
             search_aliases=["export", "training data", "imagefolder", "hugging face", "coco", "yolo", "medsteer"],
             inputs=[
                 io.Image.Input("factual", tooltip="The unsteered images, decoded."),
@@ -49,15 +49,18 @@ class SaveCounterfactualPairs(io.ComfyNode):
                     "split",
                     options=list(CHOICES),
                     default=AUTO,
-                    tooltip="auto: by the noise, so that splits share none. What made the vector is for train only.",
+                    tooltip=(
+                        "Which part of the dataset the pairs are for. auto: by the noise, so that no two parts share "
+                        "any. What made the vector is for train only."
+                    ),
                 ),
                 io.Combo.Input(
                     "judge",
                     options=judge_folder.names(),
                     default=judge_folder.EMBEDDED,
                     tooltip=(
-                        "Who labels, scores and marks the finding. EndoPhantom: its own judge, which knows its "
-                        "drawings only. none: nobody. Others are in models/medsteer/judges."
+                        "Labels, scores and marks the finding. EndoPhantom: its own judge, which knows its drawings "
+                        "only. none: nobody does. Others are in models/medsteer/judges."
                     ),
                 ),
                 io.Combo.Input(
@@ -87,7 +90,7 @@ class SaveCounterfactualPairs(io.ComfyNode):
                     options=list(FINDING_IN),
                     default=BY_CLASSES,
                     advanced=True,
-                    tooltip="For boxes of a connected mask: which image shows the finding. auto: as the classes say.",
+                    tooltip="Which image shows the finding, for boxes of a connected mask. auto: as the classes say.",
                 ),
                 io.Float.Input(
                     "validation_fraction",
@@ -96,7 +99,7 @@ class SaveCounterfactualPairs(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     advanced=True,
-                    tooltip="For split auto: the share of noises for validation. Keep it for the whole folder.",
+                    tooltip="The share of noises for validation, with split auto. Keep it for the whole folder.",
                 ),
                 io.Float.Input(
                     "test_fraction",
@@ -105,14 +108,14 @@ class SaveCounterfactualPairs(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     advanced=True,
-                    tooltip="For split auto: the share of noises for test. Keep it for the whole folder.",
+                    tooltip="The share of noises for test, with split auto. Keep it for the whole folder.",
                 ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
                     tooltip=(
-                        "Where the finding is: Counterfactual Sampler's concept_map or mask, or one of your own. "
-                        "Without it the judge's segmenter marks it."
+                        "Marks the finding: Counterfactual Sampler's concept_map or mask, or one of your own. Without "
+                        "it the judge's segmenter marks it."
                     ),
                 ),
             ],

@@ -24,44 +24,47 @@ class ExtractPathologyVector(io.ComfyNode):
             display_name="Extract Pathology Vector",
             category=f"{CATEGORY}/vectors",
             description=(
-                "Samples both prompts and finds, for every step and cross-attention block, the direction in which a "
-                "finding moves the activations."
+                "Learns from a prompt with a finding and one without it what the finding changes inside the model, as "
+                "a pathology vector for Steer."
             ),
             search_aliases=["steering vector", "concept direction", "activation steering", "medsteer"],
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="The model to be steered later; vectors fit only the model they come from."
+                    "model", tooltip="The model to be steered later; a vector fits only the model that it comes from."
                 ),
                 io.Conditioning.Input("present", tooltip="Prompt with the finding, such as 'polyps'."),
                 io.Conditioning.Input("absent", tooltip="Prompt without it, such as 'normal cecum'."),
-                io.Conditioning.Input(
-                    "negative", tooltip="The negative prompt of classifier-free guidance, mostly empty."
+                io.Conditioning.Input("negative", tooltip="The negative prompt, mostly empty."),
+                io.Latent.Input(
+                    "latent_image", tooltip="Gives the samples' width and height; nothing else of it counts."
                 ),
-                io.Latent.Input("latent_image", tooltip="Only its width and height count."),
                 io.Int.Input(
                     "samples",
                     default=16,
                     min=1,
                     max=4096,
-                    tooltip="Images sampled of each prompt. More is steadier and slower.",
+                    tooltip=(
+                        "More is steadier and slower. Images sampled of each prompt; with noise 'same state' of both "
+                        "together."
+                    ),
                 ),
                 *sampling_inputs(
-                    seed="Seed of the samples' noise. Use another seed for the images that you steer.",
-                    steps="Denoising steps of every sample.",
-                    sampler_name="The sampler to record with.",
-                    scheduler="The noise schedule to record with.",
+                    seed="Another seed samples other images. Use another one for the images that you steer.",
+                    steps="Denoising steps of every sample; more take longer.",
+                    sampler_name="The sampler of the samples; the vector works with others too.",
+                    scheduler="The noise schedule of the samples; the vector works with others too.",
                 ),
                 io.Combo.Input(
                     "noise",
                     options=[extraction.SAME_STATE, extraction.PAIRED, extraction.UNPAIRED],
                     default=extraction.SAME_STATE,
                     tooltip=(
-                        "same state: both prompts at every state, for the operator affine. paired: both prompts start "
-                        "from the same noise. unpaired: from other noise (the paper)."
+                        "How the two prompts are compared. same state: in the same half-made images, for the operator "
+                        "affine. paired: from the same noise. unpaired: from different noise (the paper)."
                     ),
                 ),
-                io.Sampler.Input("sampler", optional=True, tooltip="Overrides sampler_name."),
-                io.Sigmas.Input("sigmas", optional=True, tooltip="Overrides scheduler and steps."),
+                io.Sampler.Input("sampler", optional=True, tooltip="Takes the place of sampler_name."),
+                io.Sigmas.Input("sigmas", optional=True, tooltip="Takes the place of scheduler and steps."),
                 io.Int.Input(
                     "rank",
                     default=8,
@@ -69,7 +72,10 @@ class ExtractPathologyVector(io.ComfyNode):
                     max=64,
                     optional=True,
                     advanced=True,
-                    tooltip="Only for noise 'same state': how many directions a block and step have.",
+                    tooltip=(
+                        "More directions hold more of what the finding changes: how many a site and step have, for "
+                        "noise 'same state' only."
+                    ),
                 ),
                 io.Combo.Input(
                     "estimator",
@@ -77,9 +83,9 @@ class ExtractPathologyVector(io.ComfyNode):
                     default=extraction.MEAN_DIFFERENCE,
                     optional=True,
                     tooltip=(
-                        "How samples become a direction. mean difference: the paper's. paired difference and principal "
-                        "component: from pairs (noise 'paired'). lda: what tells the classes apart best. leace: what "
-                        "the operator affine needs to erase the finding."
+                        "How the samples become a vector, except with noise 'same state'. mean difference: the "
+                        "paper's. paired difference and principal component: from pairs (noise 'paired'). lda: what "
+                        "tells the classes apart best. leace: what the operator affine needs to erase the finding."
                     ),
                 ),
                 io.Boolean.Input(
@@ -88,8 +94,8 @@ class ExtractPathologyVector(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip=(
-                        "Keeps what was seen of the samples on disk (activations, neither images nor texts), so that "
-                        "a stopped extraction goes on and more samples add to those there."
+                        "Lets a stopped extraction go on, and more samples add to those there: what was seen of them "
+                        "is kept on disk (activations, neither images nor texts)."
                     ),
                 ),
             ],

@@ -17,10 +17,15 @@ class LoadEndoPhantom(io.ComfyNode):
             node_id="MedSteer_LoadEndoPhantom",
             display_name="Load EndoPhantom",
             category=f"{CATEGORY}/loaders",
-            description="Loads the small endoscopy-phantom model that comes with MedSteer; nothing is downloaded.",
+            description=(
+                "Loads the small practice model that comes with MedSteer and draws endoscopy phantoms; nothing is "
+                "downloaded."
+            ),
             search_aliases=["endoscopy", "phantom", "medsteer", "demo model"],
             outputs=[
-                io.Model.Output("model", tooltip="A PixArt trained on synthetic endoscopy phantoms of 128x128 pixels."),
+                io.Model.Output(
+                    "model", tooltip="The model: it draws endoscopy phantoms of 128x128 pixels (a PixArt)."
+                ),
                 io.Clip.Output("clip", tooltip="Its text encoder, for CLIP Text Encode. Knows Kvasir's eight classes."),
                 io.Vae.Output("vae", tooltip="Its autoencoder, for VAE Decode and VAE Encode."),
             ],
@@ -39,8 +44,8 @@ class LoadDiT(io.ComfyNode):
             display_name="Load DiT",
             category=f"{CATEGORY}/loaders",
             description=(
-                "Loads a cross-attention diffusion transformer that can be steered: PixArt in ComfyUI's or diffusers' "
-                "format, in one file or in shards."
+                "Loads an image model that can be steered, such as a PixArt, in ComfyUI's or diffusers' format, from "
+                "one file or from shards."
             ),
             search_aliases=["pixart", "diffusion transformer", "load diffusion model", "unet loader"],
             inputs=[
@@ -57,7 +62,7 @@ class LoadDiT(io.ComfyNode):
                     options=list(WEIGHT_DTYPES),
                     default="default",
                     advanced=True,
-                    tooltip="Number type of the weights in memory. fp8 halves memory and loses some precision.",
+                    tooltip="fp8 takes half the memory and loses some precision: the number type of the weights.",
                 ),
                 io.Combo.Input(
                     "family",
@@ -65,8 +70,9 @@ class LoadDiT(io.ComfyNode):
                     default=AUTO,
                     optional=True,
                     tooltip=(
-                        "Which PixArt it is, and so which VAE's latent scale it has: SD 1.5's for alpha, SDXL's for "
-                        "Sigma. auto reads it from the file and says on the node what it found."
+                        "Which PixArt it is; a wrong choice gives washed-out or over-contrasted images, since alpha "
+                        "has the latent scale of SD 1.5's VAE and Sigma that of SDXL's. auto reads it from the file "
+                        "and says on the node what it found."
                     ),
                 ),
             ],

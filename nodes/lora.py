@@ -17,8 +17,8 @@ class LoadPEFTLoRA(io.ComfyNode):
             display_name="Load PEFT LoRA",
             category=f"{CATEGORY}/loaders",
             description=(
-                "Applies a LoRA that was saved by Hugging Face's peft, such as the published MedSteer weights, to the "
-                "model and to its T5 text encoder, scaled as peft does."
+                "Adds a LoRA that Hugging Face's peft saved, such as the published MedSteer weights, to a model and "
+                "its text encoder."
             ),
             search_aliases=["lora", "peft", "adapter_model", "medsteer weights", "text encoder lora"],
             inputs=[
@@ -37,7 +37,7 @@ class LoadPEFTLoRA(io.ComfyNode):
                     min=-100.0,
                     max=100.0,
                     step=0.01,
-                    tooltip="Strength of the parts for the diffusion model. 0 leaves the model as it is.",
+                    tooltip="How much the LoRA changes the images: 1 as trained, 0 leaves the model as it is.",
                 ),
                 io.Float.Input(
                     "strength_clip",
@@ -45,7 +45,10 @@ class LoadPEFTLoRA(io.ComfyNode):
                     min=-100.0,
                     max=100.0,
                     step=0.01,
-                    tooltip="Strength of the parts for the text encoder. 0 leaves the text encoder as it is.",
+                    tooltip=(
+                        "How much the LoRA changes the reading of prompts: 1 as trained, 0 leaves the text encoder as "
+                        "it is."
+                    ),
                 ),
                 io.Clip.Input(
                     "clip",
@@ -56,7 +59,10 @@ class LoadPEFTLoRA(io.ComfyNode):
             outputs=[
                 io.Model.Output("model", tooltip="The model with the LoRA."),
                 io.Clip.Output("clip", tooltip="The text encoder with the LoRA; nothing when none is connected."),
-                io.String.Output("report", tooltip="Applied, missing and unexpected modules of every part."),
+                io.String.Output(
+                    "report",
+                    tooltip="What of each part was applied, what was missing, and what has no place in this model.",
+                ),
             ],
             has_intermediate_output=True,
         )

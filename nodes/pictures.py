@@ -29,7 +29,8 @@ class InspectVector(io.ComfyNode):
             display_name="Inspect Pathology Vector",
             category=f"{CATEGORY}/vectors",
             description=(
-                "Draws what a vector knows of itself: class gap, separability and stability of every block and step."
+                "Draws how well a pathology vector tells images with the finding from those without, and how far to "
+                "rely on it."
             ),
             search_aliases=["plot vector", "heat map", "auroc", "separability", "histogram", "medsteer"],
             inputs=[Vector.Input("vector", tooltip="From Extract, Load, Import or Combine Pathology Vectors.")],
@@ -56,9 +57,7 @@ class CounterfactualPanel(io.ComfyNode):
             node_id="MedSteer_CounterfactualPanel",
             display_name="Counterfactual Panel",
             category=f"{CATEGORY}/evaluate",
-            description=(
-                "Draws factual, counterfactual, signed difference and concept map in a row, and says whether it worked."
-            ),
+            description="Shows each pair side by side with what changed, and says in words whether it worked.",
             search_aliases=["side by side", "difference", "concept map", "ssim", "verdict", "judge", "medsteer"],
             inputs=[
                 io.Image.Input("factual", tooltip="The unsteered images."),
@@ -68,7 +67,7 @@ class CounterfactualPanel(io.ComfyNode):
                 io.Mask.Input(
                     "concept_map",
                     optional=True,
-                    tooltip="Counterfactual Sampler's output of that name, as fourth tile.",
+                    tooltip="Shows as a fourth tile where steering acts: Counterfactual Sampler's output of that name.",
                 ),
                 io.Combo.Input(
                     "judge",
@@ -76,25 +75,32 @@ class CounterfactualPanel(io.ComfyNode):
                     default=judge_folder.EMBEDDED,
                     optional=True,
                     tooltip=(
-                        "Who says whether it worked. EndoPhantom: its own judge, which knows its drawings only. none: "
-                        "SSIM alone. Others are in models/medsteer/judges."
+                        "Says what it sees before and after. EndoPhantom: its own judge, which knows its drawings "
+                        "only. none: SSIM alone. Others are in models/medsteer/judges."
                     ),
                 ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
                     tooltip=(
-                        "Counterfactual Sampler's output of that name: structure is measured outside it where the "
-                        "judge marks no findings."
+                        "What lies outside should be kept, and is measured where the judge marks no findings: "
+                        "Counterfactual Sampler's output of that name."
                     ),
                 ),
             ],
             outputs=[
                 io.Image.Output("panel", tooltip="A row for each of the first 4 pairs, and the legends."),
                 io.String.Output(
-                    "metrics", tooltip="SSIM, PSNR in dB, changed share of pixels, for each pair, as JSON."
+                    "metrics",
+                    tooltip=(
+                        "How alike the images of each pair are (SSIM, PSNR in dB), and the share of pixels that "
+                        "changed, as JSON."
+                    ),
                 ),
-                io.String.Output("verdict", tooltip="What the judge sees before and after, and the structure kept."),
+                io.String.Output(
+                    "verdict",
+                    tooltip="Whether it worked: what the judge sees before and after, and how well the rest was kept.",
+                ),
             ],
             hidden=_METADATA,
             is_output_node=True,
@@ -137,7 +143,7 @@ class StrengthSweep(io.ComfyNode):
             node_id="MedSteer_StrengthSweep",
             display_name="Strength Sweep",
             category=f"{CATEGORY}/evaluate",
-            description="Draws the counterfactuals of several strengths as a grid, with the judge's score under each.",
+            description="Shows each pair at several strengths side by side, with the judge's score under each image.",
             search_aliases=["grid", "xy plot", "flip rate", "judge", "dose response", "medsteer"],
             inputs=[
                 io.Image.Input("factual", tooltip="The unsteered images: one row of the grid for each."),
@@ -153,8 +159,8 @@ class StrengthSweep(io.ComfyNode):
                     options=judge_folder.names(),
                     default=judge_folder.EMBEDDED,
                     tooltip=(
-                        "Who scores. EndoPhantom: its own judge, which knows its drawings only. none: SSIM alone. "
-                        "Others are in models/medsteer/judges."
+                        "Says what is in each image. EndoPhantom: its own judge, which knows its drawings only. none: "
+                        "SSIM alone. Others are in models/medsteer/judges."
                     ),
                 ),
                 io.String.Input(

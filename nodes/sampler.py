@@ -26,8 +26,8 @@ class CounterfactualSampler(io.ComfyNode):
             display_name="Counterfactual Sampler",
             category=f"{CATEGORY}/sampling",
             description=(
-                "Samples the factual image and its counterfactuals from the same noise, by steering, another prompt or "
-                "both, and can lock what lies outside the finding."
+                "Makes pairs: the image of your prompt, and the same image with one finding taken away or added; a "
+                "lock keeps the rest as it is."
             ),
             search_aliases=["paired sampler", "ksampler", "structure lock", "medsteer", "strength sweep"],
             inputs=[
@@ -35,7 +35,7 @@ class CounterfactualSampler(io.ComfyNode):
                     "model",
                     tooltip=(
                         "The steered model, from Steer; the factual image is made without the steering. With a "
-                        "counterfactual prompt any model."
+                        "counterfactual prompt any model will do."
                     ),
                 ),
                 io.Conditioning.Input(
@@ -44,10 +44,10 @@ class CounterfactualSampler(io.ComfyNode):
                 io.Conditioning.Input("negative", tooltip="The negative prompt of both images, mostly empty."),
                 io.Latent.Input("latent_image", tooltip="Empty latents, one for each pair, or an image to start from."),
                 *sampling_inputs(
-                    seed="Seed of the noise that both images share.",
-                    steps="Denoising steps.",
-                    sampler_name="The sampler. Those that add noise as they go give both images the same.",
-                    scheduler="The noise schedule.",
+                    seed="Another seed gives another pair; both of its images start from the same noise.",
+                    steps="Denoising steps of each image; more take longer.",
+                    sampler_name="As in KSampler. Samplers that add noise as they go give both images the same.",
+                    scheduler="As in KSampler: how the noise goes down from step to step.",
                 ),
                 io.String.Input(
                     "strengths",
@@ -62,9 +62,9 @@ class CounterfactualSampler(io.ComfyNode):
                     options=list(LOCKS),
                     default=OPEN,
                     tooltip=(
-                        "none: the whole image may change. concept map: only where the steering acts most. prediction "
-                        "difference: only where the two prompts' predictions lie apart most. automatic: the one or the "
-                        "other. A connected mask comes before all."
+                        "Keeps what lies outside the finding as it is. none: the whole image may change. concept map: "
+                        "only where steering acts most. prediction difference: only where the two prompts' "
+                        "predictions differ most. automatic: the one that there is. A connected mask comes before all."
                     ),
                 ),
                 io.Float.Input(
@@ -74,7 +74,10 @@ class CounterfactualSampler(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     advanced=True,
-                    tooltip="For a lock by a map: a pixel may change from this share of the map's largest value on.",
+                    tooltip=(
+                        "Lower lets more of the image change. For a lock by a map: the share of the map's largest "
+                        "value from which on a pixel may change."
+                    ),
                 ),
                 io.Int.Input(
                     "lock_dilation",
@@ -82,21 +85,24 @@ class CounterfactualSampler(io.ComfyNode):
                     min=0,
                     max=64,
                     advanced=True,
-                    tooltip="For a lock by a map: how many latent pixels the mask is grown by.",
+                    tooltip=(
+                        "Higher lets more of the image change. For a lock by a map: how many latent pixels the mask "
+                        "is grown by."
+                    ),
                 ),
-                io.Sampler.Input("sampler", optional=True, tooltip="Overrides sampler_name."),
-                io.Sigmas.Input("sigmas", optional=True, tooltip="Overrides scheduler and steps."),
-                io.Noise.Input("noise", optional=True, tooltip="Overrides seed."),
+                io.Sampler.Input("sampler", optional=True, tooltip="Takes the place of sampler_name."),
+                io.Sigmas.Input("sigmas", optional=True, tooltip="Takes the place of scheduler and steps."),
+                io.Noise.Input("noise", optional=True, tooltip="Takes the place of seed."),
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="Where the image may change (white). Adding a finding needs one to be locked in place.",
+                    tooltip="The image may change only where this is white. To add a finding in one place, give one.",
                 ),
                 io.Conditioning.Input(
                     "counterfactual",
                     optional=True,
                     tooltip=(
-                        "The counterfactual image's own prompt. It takes the positive's place from "
+                        "A prompt for the counterfactual image alone. It takes the positive's place from "
                         "counterfactual_start on; the model need not be steered then, but may be."
                     ),
                 ),
@@ -107,7 +113,10 @@ class CounterfactualSampler(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     optional=True,
-                    tooltip="Where the counterfactual prompt begins: 0 is pure noise, 1 the finished image.",
+                    tooltip=(
+                        "Later keeps more of the image. Where the counterfactual prompt begins: 0 is pure noise, 1 "
+                        "the finished image."
+                    ),
                 ),
                 io.Int.Input(
                     "lock_smoothing",
@@ -117,8 +126,8 @@ class CounterfactualSampler(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip=(
-                        "For a lock by a map: how often the map is smoothed before the threshold. 1 with threshold 0.3 "
-                        "gives rounder masks of about the same size as 0 with 0.2."
+                        "Higher gives rounder masks. For a lock by a map: how often the map is smoothed before the "
+                        "threshold. 1 with threshold 0.3 gives masks of about the same size as 0 with 0.2."
                     ),
                 ),
                 io.Combo.Input(
@@ -128,7 +137,7 @@ class CounterfactualSampler(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip=(
-                        "in the mask: under a lock or mask the counterfactual computes the tokens of the mask alone, "
+                        "in the mask: under a lock or mask only the tokens in the mask are computed, which is faster, "
                         "where the model allows it (PixArt). all: every token."
                     ),
                 ),
@@ -141,15 +150,15 @@ class CounterfactualSampler(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip=(
-                        "GB that the factual run may keep for computed_tokens 'in the mask'; 0: half of what is free. "
-                        "Where it does not suffice, all tokens are computed."
+                        "GB of memory that computed_tokens 'in the mask' may use; 0: half of what is free. Where it "
+                        "does not suffice, all tokens are computed."
                     ),
                 ),
                 recipe_input(
                     {name: recipe.sampler for name, recipe in RECIPES.items()},
-                    "What should change sets the lock and counterfactual_start: a focal finding such as a polyp goes, "
-                    "a diffuse one such as colitis goes, a finding comes. Choose the same in Steer. custom: the inputs "
-                    "count.",
+                    "What should change. remove focal: a finding of one place, such as a polyp, goes. remove "
+                    "diffuse: one of the whole wall, such as colitis, goes. add: one comes. Sets the lock and "
+                    "counterfactual_start; choose the same in Steer. custom: the inputs count.",
                 ),
             ],
             outputs=[
@@ -166,7 +175,7 @@ class CounterfactualSampler(io.ComfyNode):
                 io.String.Output("summary", tooltip="What was run, and where the mask came from."),
                 Record.Output(
                     "record",
-                    tooltip="How each pair was made, for Save Counterfactual Pairs: model, prompts, seed, all.",
+                    tooltip="How each pair was made, for Save Counterfactual Pairs: model, prompts, seed and all else.",
                 ),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],

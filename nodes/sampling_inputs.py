@@ -26,7 +26,7 @@ def sampling_inputs(seed: str, steps: str, sampler_name: str, scheduler: str) ->
             max=100.0,
             step=0.1,
             round=0.01,
-            tooltip="Classifier-free guidance scale.",
+            tooltip="Higher follows the prompt more closely (classifier-free guidance scale).",
         ),
         io.Combo.Input("sampler_name", options=SAMPLERS, default="euler", tooltip=sampler_name),
         io.Combo.Input("scheduler", options=SCHEDULERS, default="normal", tooltip=scheduler),

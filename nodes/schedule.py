@@ -15,7 +15,7 @@ class PixArtSigmas(io.ComfyNode):
             node_id="MedSteer_PixArtSigmas",
             display_name="PixArt-alpha Sigmas",
             category=f"{CATEGORY}/sampling",
-            description="The noise schedule of the paper: diffusers' DPM-Solver++ timesteps for PixArt-alpha.",
+            description="Gives the paper's noise levels for PixArt-alpha, to repeat published results.",
             search_aliases=["dpm-solver", "diffusers schedule", "scheduler", "medsteer paper"],
             inputs=[
                 io.Int.Input(
@@ -28,7 +28,7 @@ class PixArtSigmas(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     advanced=True,
-                    tooltip="Below 1, the last steps of a longer schedule, to start from an image.",
+                    tooltip="Below 1 starts from an image, not from pure noise: the last steps of a longer schedule.",
                 ),
             ],
             outputs=[

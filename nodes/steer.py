@@ -14,7 +14,7 @@ from ..medsteer_core.vectors.schedule import CONSTANT, CURVES
 from .recipe_input import recipe_input
 from .types import CATEGORY, Vector
 
-KEEP_NORM = "Rescale every steered token to its former length."
+KEEP_NORM = "Keeps every steered token at its former length, as the paper does."
 
 
 def _strength(default: float, tooltip: str) -> io.Float.Input:
@@ -32,11 +32,11 @@ class Steer(io.ComfyNode):
             node_id="MedSteer_Steer",
             display_name="Steer",
             category=f"{CATEGORY}/steering",
-            description="Moves a model's cross-attention along a pathology vector while it samples.",
+            description="Takes a finding out of what a model draws, or puts one in, with a pathology vector.",
             search_aliases=["medsteer", "counterfactual", "activation steering", "remove finding", "suppress concept"],
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="The model that the vector was extracted from. It is not changed; a clone is."
+                    "model", tooltip="The model that the vector was extracted from. It is not changed itself."
                 ),
                 Vector.Input("vector", tooltip="From Extract or Load Pathology Vector."),
                 io.DynamicCombo.Input(
@@ -47,8 +47,9 @@ class Steer(io.ComfyNode):
                             [
                                 _strength(
                                     1.5,
-                                    "0 changes nothing, 1 gives what the absent prompt would, beyond exaggerates; 1.5 "
-                                    "to 2 make up for focus. Wants a vector with noise 'same state'.",
+                                    "Higher changes more: 0 nothing, 1 as far as the absent prompt would go, "
+                                    "beyond exaggerates; 1.5 to 2 make up for focus. Wants a vector with noise "
+                                    "'same state' or estimator leace.",
                                 ),
                                 io.Float.Input(
                                     "focus",
@@ -57,8 +58,8 @@ class Steer(io.ComfyNode):
                                     max=10.0,
                                     step=0.1,
                                     tooltip=(
-                                        "0 steers every token. Higher spares those in which little would change; 1 "
-                                        "suits taking a finding away, 1.5 adding one."
+                                        "Higher keeps more of the rest: it spares the tokens in which little would "
+                                        "change. 0 steers all; 1 suits taking a finding away, 1.5 adding one."
                                     ),
                                 ),
                                 _keep_norm(False),
@@ -68,7 +69,9 @@ class Steer(io.ComfyNode):
                             "suppress",
                             [
                                 _strength(
-                                    2.0, "0 changes nothing, 1 removes the finding's part, 2 reflects it (the paper)."
+                                    2.0,
+                                    "Higher changes more: 0 nothing, 1 removes the finding's part, 2 reflects it "
+                                    "(the paper).",
                                 ),
                                 _keep_norm(True),
                             ],
@@ -77,7 +80,11 @@ class Steer(io.ComfyNode):
                         io.DynamicCombo.Option(
                             "add",
                             [
-                                _strength(1.0, "In class gaps: 1 moves by the distance between the classes' means."),
+                                _strength(
+                                    1.0,
+                                    "Higher changes more: 0 nothing, 1 as far as the two prompts' means lie apart "
+                                    "(the class gap).",
+                                ),
                                 io.Combo.Input(
                                     "toward",
                                     options=["present", "absent"],
@@ -92,7 +99,8 @@ class Steer(io.ComfyNode):
                             [
                                 _strength(
                                     1.0,
-                                    "0 changes nothing, 1 moves every token to the class's mean, 1.5 goes beyond.",
+                                    "Higher changes more: 0 nothing, 1 moves every token to the class's mean, 1.5 "
+                                    "goes beyond.",
                                 ),
                                 io.Combo.Input(
                                     "toward",
@@ -108,17 +116,17 @@ class Steer(io.ComfyNode):
                             [
                                 _strength(
                                     1.0,
-                                    "Takes this many times the finding's part away and adds as much along the vector "
-                                    "at the input target.",
+                                    "Higher changes more: takes this many times the finding's part away and adds "
+                                    "as much along the vector at the input target.",
                                 ),
                                 _keep_norm(False),
                             ],
                         ),
                     ],
                     tooltip=(
-                        "suppress: take the finding away. ablate: project it out. add: push toward a class. set: move "
-                        "to a class's mean. switch: one finding for another. affine: replace, token by token, what the "
-                        "finding's prompt put in."
+                        "How the finding changes. affine: what its prompt put in is replaced, token by token. "
+                        "suppress: it is taken away (the paper). ablate: removes all that lies along the vector. add: "
+                        "pushes toward a class. set: moves to a class's mean. switch: one finding for another."
                     ),
                 ),
                 io.Float.Input(
@@ -128,7 +136,7 @@ class Steer(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     tooltip=(
-                        "Where in the denoising steering begins (0 = pure noise). Later keeps more of the image; 0 "
+                        "Later keeps more of the image. Where in the denoising steering begins (0 = pure noise); 0 "
                         "for a published method."
                     ),
                 ),
@@ -145,15 +153,18 @@ class Steer(io.ComfyNode):
                     default="all",
                     advanced=True,
                     tooltip=(
-                        "Cross-attention blocks in order: all, numbers such as 0-3,8, a name pattern with *, or auto: "
-                        "those that tell the classes apart."
+                        "Which sites of the model are steered: all, numbers in their order such as 0-3,8, a name "
+                        "pattern with *, or auto: those that tell the classes apart."
                     ),
                 ),
                 io.String.Input(
                     "rows",
                     default="all",
                     advanced=True,
-                    tooltip="Which conditionings are steered: all, positive, negative, or another name of the guider.",
+                    tooltip=(
+                        "Which prompt's part of a model call is steered: all, positive, negative, or another name of "
+                        "the guider."
+                    ),
                 ),
                 io.Combo.Input(
                     "preset",
@@ -171,10 +182,12 @@ class Steer(io.ComfyNode):
                     default=CONSTANT,
                     optional=True,
                     advanced=True,
-                    tooltip="How strength goes over the window: constant, from 0 up, down to 0, or up and down.",
+                    tooltip="How strength changes over the window: constant, from 0 up, down to 0, or up and down.",
                 ),
                 Vector.Input(
-                    "target", optional=True, tooltip="For the operator switch: the finding that takes the place."
+                    "target",
+                    optional=True,
+                    tooltip="The finding that takes the first one's place, for the operator switch.",
                 ),
                 io.Mask.Input(
                     "mask",
@@ -183,8 +196,10 @@ class Steer(io.ComfyNode):
                 ),
                 recipe_input(
                     {name: recipe.steer for name, recipe in RECIPES.items()},
-                    "What should change sets operator, strength, focus, window and rows: a focal finding such as a "
-                    "polyp goes, a diffuse one such as colitis goes, a finding comes. custom: the inputs count.",
+                    "What should change. remove focal: a finding of one place, such as a polyp, goes. remove "
+                    "diffuse: one of the whole wall, such as colitis, goes. add: one comes. Sets operator, "
+                    "strength, focus, window and rows; choose the same in Counterfactual Sampler. custom: the "
+                    "inputs count.",
                 ),
             ],
             outputs=[io.Model.Output("model", tooltip="The steered model, for KSampler. Steer nodes can be chained.")],

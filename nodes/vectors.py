@@ -19,10 +19,10 @@ class SavePathologyVector(io.ComfyNode):
             node_id="MedSteer_SavePathologyVector",
             display_name="Save Pathology Vector",
             category=f"{CATEGORY}/vectors",
-            description="Writes a pathology vector to models/medsteer; the file name ends in a hash of its content.",
+            description="Keeps a pathology vector as a file in models/medsteer, for Load Pathology Vector.",
             search_aliases=["export vector", "store steering vector"],
             inputs=[
-                Vector.Input("vector", tooltip="From Extract Pathology Vector."),
+                Vector.Input("vector", tooltip="The vector to keep, from Extract, Combine or Import Pathology Vector."),
                 io.String.Input(
                     "filename_prefix",
                     default="polyps",
@@ -47,7 +47,7 @@ class LoadPathologyVector(io.ComfyNode):
             node_id="MedSteer_LoadPathologyVector",
             display_name="Load Pathology Vector",
             category=f"{CATEGORY}/vectors",
-            description="Reads a pathology vector from models/medsteer or from the input folder.",
+            description="Loads a pathology vector that was saved before, for Steer.",
             search_aliases=["import vector", "steering vector"],
             inputs=[
                 io.Combo.Input(
@@ -83,7 +83,7 @@ class ImportPathologyVector(io.ComfyNode):
             node_id="MedSteer_ImportPathologyVector",
             display_name="Import Pathology Vector",
             category=f"{CATEGORY}/vectors",
-            description="Reads a vector that the published code wrote: MedSteer's .pickle or PolypSteer's .npz.",
+            description="Reads a vector from a file of the published code: MedSteer's .pickle or PolypSteer's .npz.",
             search_aliases=["load pickle", "load npz", "polypsteer", "published vector", "steering vector"],
             inputs=[
                 io.Combo.Input(
@@ -96,7 +96,7 @@ class ImportPathologyVector(io.ComfyNode):
                 ),
                 io.Model.Input(
                     "model",
-                    tooltip="The model that the file was made with: it gives the blocks their names and widths.",
+                    tooltip="The model that the file was made with: it gives the sites their names and widths.",
                 ),
                 io.Combo.Input(
                     "schedule",
@@ -111,7 +111,7 @@ class ImportPathologyVector(io.ComfyNode):
                     max=10000,
                     tooltip="Denoising steps that the file was made with; the published code takes 20.",
                 ),
-                io.Sigmas.Input("sigmas", optional=True, tooltip="Overrides schedule and steps."),
+                io.Sigmas.Input("sigmas", optional=True, tooltip="Takes the place of schedule and steps."),
             ],
             outputs=[
                 Vector.Output("vector", tooltip="The pathology vector, for Steer (suppress, ablate) and Save."),
@@ -144,10 +144,13 @@ class ExportPathologyVector(io.ComfyNode):
             node_id="MedSteer_ExportPathologyVector",
             display_name="Export Pathology Vector",
             category=f"{CATEGORY}/vectors",
-            description="Writes a vector's directions to models/medsteer as PolypSteer's .npz, for the published code.",
+            description="Writes a pathology vector as a file (.npz) for the published PolypSteer code.",
             search_aliases=["save npz", "polypsteer", "convert vector"],
             inputs=[
-                Vector.Input("vector", tooltip="A vector with one direction a block and step."),
+                Vector.Input(
+                    "vector",
+                    tooltip="The vector to write; one of rank 1, since the format holds one direction a site and step.",
+                ),
                 io.String.Input(
                     "filename_prefix",
                     default="polyps",
