@@ -18,6 +18,10 @@ SAME_IN_CHINESE = {"CFG", "CLIP", "Sigmas", "VAE", "a", "b"}
 SYNTAX = re.compile(r"[@{}|$%]")
 PICTURE = re.compile(r"!\[([^\]]*)\]\(([^)\s]+)\)")
 MAX_PICTURE, MAX_PICTURES = 60_000, 600_000
+# What a reader without the method's words meets only after the opening of a page.
+INSIDE = re.compile(
+    r"\b(cross-attention|activations?|rank|rows?|sites?|tokens?|residuals?)\b|交叉注意力|激活|秩|残差", re.I
+)
 REGENERATE = "run `python tests/host/words.py` (its first lines say how) and commit locales/en"
 TRANSLATE = "bring locales/zh and web/docs/*/zh.md up to date, then run `python tests/host/words.py --reviewed`"
 
@@ -109,6 +113,16 @@ def test_a_help_page_begins_with_the_nodes_name_and_names_each_of_its_inputs(eng
                 assert re.search(rf"\b{re.escape(english[name]['inputs'][key]['name'])}\b", text), (page, key)
             if page.endswith("zh.md"):
                 assert len(CHINESE.findall(text)) > 60, page
+
+
+def test_descriptions_and_the_openings_of_help_pages_are_in_plain_words(english):
+    for language in (english, words.read_words("zh")):
+        assert {
+            name: found[0] for name, said in language.items() if (found := INSIDE.search(said["description"]))
+        } == {}
+    for page, text in pages().items():
+        opening = text.split("\n\n")[1]
+        assert not (found := INSIDE.search(opening)), (page, found[0])
 
 
 def test_both_languages_show_the_same_pictures_formulas_and_tables():
