@@ -13,8 +13,10 @@ from .counterfactual import CounterfactualCompare
 from .evaluate import EvaluatePairs, RandomDirection
 from .export import SaveCounterfactualPairs
 from .extract import ExtractPathologyVector
+from .image import CounterfactualOfImage
 from .load import LoadDiT, LoadEndoPhantom
 from .lora import LoadPEFTLoRA
+from .phantom import PhantomImage
 from .pictures import CounterfactualPanel, InspectVector, StrengthSweep
 from .sampler import CounterfactualSampler
 from .schedule import PixArtSigmas
@@ -36,6 +38,8 @@ NODES: list[type[io.ComfyNode]] = [
     PixArtSigmas,
     Steer,
     CounterfactualSampler,
+    CounterfactualOfImage,
+    PhantomImage,
     CounterfactualCompare,
     InspectVector,
     CounterfactualPanel,

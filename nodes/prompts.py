@@ -30,8 +30,9 @@ def asked_size(prompt: dict[str, Any] | None, node_id: str | None, input_name: s
     return sides if all(isinstance(side, int) and not isinstance(side, bool) for side in sides) else None
 
 
-_STEER, _SAMPLER = "MedSteer_Steer", "MedSteer_CounterfactualSampler"
-_CONCEPT_MAP, _MASK = 2, 3  # Counterfactual Sampler's outputs by their place
+_STEER = "MedSteer_Steer"
+_SAMPLERS = ("MedSteer_CounterfactualSampler", "MedSteer_CounterfactualOfImage")
+_CONCEPT_MAP, _MASK = 2, 3  # their outputs by their place
 
 
 def mask_of_sampler(
@@ -42,7 +43,7 @@ def mask_of_sampler(
     ``records`` are Counterfactual Sampler's: its output mask is what its lock was. MedSteerError when that was none.
     """
     node, link = _linked(prompt, node_id, input_name)
-    if len(link) != 2 or node.get("class_type") != _SAMPLER:
+    if len(link) != 2 or node.get("class_type") not in _SAMPLERS:
         return "user"
     source = records[0]["made"]["lock"]["mask_source"] if records else "none"
     if link[1] == _CONCEPT_MAP:
@@ -58,7 +59,7 @@ def mask_of_sampler(
 def mask_in_graph(prompt: dict[str, Any] | None, node_id: str | None, input_name: str) -> str:
     """`mask_of_sampler` where no records are at hand: by what the graph says of the sampler alone."""
     sampler, link = _linked(prompt, node_id, input_name)
-    if len(link) != 2 or sampler.get("class_type") != _SAMPLER:
+    if len(link) != 2 or sampler.get("class_type") not in _SAMPLERS:
         return "user"
     inputs = sampler.get("inputs", {})
     lock = inputs.get("lock")

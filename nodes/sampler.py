@@ -70,13 +70,13 @@ class CounterfactualSampler(io.ComfyNode):
                 io.Float.Input(
                     "lock_threshold",
                     default=0.2,
-                    min=0.01,
+                    min=0.0,
                     max=1.0,
                     step=0.01,
                     advanced=True,
                     tooltip=(
                         "Lower lets more of the image change. For a lock by a map: the share of the map's largest "
-                        "value from which on a pixel may change."
+                        "value from which on a pixel may change; 0: each map's own, where it parts best (Otsu)."
                     ),
                 ),
                 io.Int.Input(

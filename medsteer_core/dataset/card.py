@@ -15,7 +15,12 @@ MANY = 20  # of a kind, that are named
 def card(lines: Lines) -> str:
     """The text for these lines of metadata. Equal lines give an equal text."""
     kinds = [[*key, count] for key, count in sorted(_kinds(lines).items())]
+    real = sum(bool(line.get("factual_is_real")) for line in lines)
+    drawn = sum(1 for _ in lines) - real
+    origin = "\n\n".join(text for text, count in ((_DRAWN, drawn), (_REAL, real)) if count or not real and not drawn)
     return _CARD.format(
+        origin=origin.format(real=real),
+        source=_SOURCE if not real else _SOURCE_OF_REAL,
         front=_front_matter(sum(1 for _ in lines)),
         splits=_table(["split", "pairs", "noises"], [_split_row(lines, split) for split in SPLITS]),
         kinds=_table(["intended factual", "intended counterfactual", "arm", "pairs"], kinds),
@@ -27,16 +32,14 @@ def card(lines: Lines) -> str:
 _CARD = """{front}
 # Counterfactual endoscopy pairs
 
-**Synthetic. For research only: not for diagnosis, and no evidence about patients.** No image here was taken of a
-patient. MedSteer made them with a diffusion model: the factual image of a pair is unsteered, and the counterfactual
-grew from the same noise while one finding was steered away (or in).
+{origin}
 
 ## Pairs
 
 {splits}
 
-Splits are by noise: pairs that share it (`group_id`) stand in one split, and noise that a steering vector was made
-from stands in `train` alone.
+Splits are by noise, or by the real image or the group that was named for it: pairs that share it (`group_id`) stand in
+one split, and noise that a steering vector was made from stands in `train` alone.
 
 {kinds}
 
@@ -59,7 +62,7 @@ Only the arm `counterfactual` is meant to be trained on ({trained_on} pairs); th
 - Steering vectors (start of their hash): {vectors}.
 - `records/` has a JSON file for each pair with all that makes it again: model and LoRA hashes, prompts, seed, sampler,
   steps, vector, operator, strength, versions. To share pairs without their prompts, leave that folder out.
-- Every PNG carries the IPTC digital source type `trainedAlgorithmicMedia`.
+- {source}
 
 ## Loading
 
@@ -70,6 +73,23 @@ pairs = load_dataset("imagefolder", data_dir="path/to/this/folder")
 pairs["train"][0]["factual"]
 ```
 """
+
+
+_DRAWN = """**Synthetic. For research only: not for diagnosis, and no evidence about patients.** No image of these pairs
+was taken of a patient. MedSteer made them with a diffusion model: the factual image of a pair is unsteered, and the
+counterfactual grew from the same noise while one finding was steered away (or in)."""
+
+_REAL = """**In {real} pairs the factual image is real and the counterfactual is synthetic. For research only: not for
+diagnosis, and no evidence about patients.** A diffusion model changed one finding in a real image, whose other pixels
+are its own where a lock or mask applied. A counterfactual shows what the model thinks, not what would have been. Real
+images may be of patients: share them only as far as their licence and their approval go. The records know an image by a
+hash of its pixels, neither by its file's name nor by what the file said of it; `factual_is_real` marks these pairs."""
+
+_SOURCE = "Every PNG carries the IPTC digital source type `trainedAlgorithmicMedia`."
+_SOURCE_OF_REAL = (
+    "Every drawn PNG carries the IPTC digital source type `trainedAlgorithmicMedia`, a counterfactual of a real image "
+    "`compositeWithTrainedAlgorithmicMedia`; real images carry none."
+)
 
 
 def _front_matter(count: int) -> str:

@@ -16,6 +16,9 @@ from ..files.same_bytes import canonical_json
 
 Lines = Iterable[Mapping[str, Any]]  # of metadata (see `metadata_of`), which can be gone through several times
 SYNTHETIC = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+# IPTC's word for an image of a camera in which a model has drawn a part.
+EDITED = "http://cv.iptc.org/newscodes/digitalsourcetype/compositeWithTrainedAlgorithmicMedia"
+REAL = "real image"  # what a record's `made` says of a factual that was not drawn
 SPLITS = ("train", "validation", "test")
 # What a pair is for: the effect itself, or a control that says how much of it is none.
 COUNTERFACTUAL, STRENGTH_ZERO, RANDOM, REPROMPT = "counterfactual", "strength 0", "random direction", "re-prompt"
@@ -28,7 +31,8 @@ FINDING_IN = (BY_CLASSES, *SIDES, IN_BOTH)
 NO_MASK = "no_mask.png"  # in each split's folder, a single black pixel
 METADATA = ("factual_file_name", "counterfactual_file_name", "mask_file_name", "pair_id", "group_id", "split",
             "intended_label", "judge_label", "judge", "flipped", "arm", "mask_source", "boxes", "width", "height",
-            "seed", "batch_index", "multiple", "vectors", "model", "synthetic", "digital_source_type")  # fmt: skip
+            "seed", "batch_index", "multiple", "vectors", "model", "synthetic", "digital_source_type",
+            "factual_is_real")  # fmt: skip
 _HEX, _LENGTH = frozenset("0123456789abcdef"), 16
 _REQUIRED = ("pair_id", "group_id", "split", "factual_file_name", "counterfactual_file_name", "intended_label", "arm",
              "made")  # fmt: skip
@@ -53,6 +57,11 @@ def label_problem(name: str, role: str) -> str:
     if name != name.strip() or not name.isprintable() or len(name) > 200:
         return f"{role} is {name!r}; one line of at most 200 characters without spaces at its ends was expected."
     return ""
+
+
+def is_real(record: Mapping[str, Any]) -> bool:
+    """Whether a pair's factual is a real image, so that its counterfactual alone is synthetic."""
+    return record["made"].get("factual") == REAL
 
 
 def finish(
@@ -94,7 +103,7 @@ def finish(
         "arm": arm,
         "mask_source": "none",
         "synthetic": True,
-        "digital_source_type": SYNTHETIC,
+        "digital_source_type": EDITED if is_real(started) else SYNTHETIC,
         **known,
         "made": dict(started["made"]),
     }
@@ -170,4 +179,5 @@ def metadata_of(record: Mapping[str, Any]) -> dict[str, Any]:
         "model": str(made.get("model", {}).get("weights", ""))[:_LENGTH],
         "synthetic": True,
         "digital_source_type": record.get("digital_source_type", SYNTHETIC),
+        "factual_is_real": is_real(record),
     }

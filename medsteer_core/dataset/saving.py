@@ -18,7 +18,7 @@ from ..scores.scorer import ENDOPHANTOM, score_pairs
 from .boxes import boxes_of
 from .pair_dataset import NO_BOXES, PairDataset, check_boxes
 from .png import image_png, in_levels, mask_png
-from .records import BY_CLASSES, COUNTERFACTUAL, FINDING_IN, IN_BOTH, SIDES, STRENGTH_ZERO, finish
+from .records import BY_CLASSES, COUNTERFACTUAL, FINDING_IN, IN_BOTH, SIDES, STRENGTH_ZERO, finish, is_real
 from .splits import AUTO, check_unseen, split_of
 
 USER, SEGMENTER, NO_MASK = "user", "segmenter", "none"
@@ -34,7 +34,7 @@ class SaveRequest:
     factual: (B, H, W, 3 or more) in 0..1; counterfactual: (K * B, H, W, 3 or more), all of the first strength first
     records: a sampler's, one for each counterfactual; source, target: the labels that were intended
     mask: (1, B or K * B, h, w) in 0..1, where the finding is; mask_source: `USER` or one of `MAPS`, with a mask
-    texts: what else the PNGs say, by chunk; with_record: whether they say how they were made
+    texts: what else the PNGs say, by chunk, but of real images; with_record: whether they say how they were made
     """
 
     factual: Tensor
@@ -89,12 +89,15 @@ def save_pairs(dataset: PairDataset, request: SaveRequest) -> Saved:
     opinions = _judged(request, first, second)
     masks = _masks(request, opinions, first.shape[1:3])
     ready = [_ready(request, index, opinions, masks) for index in range(len(second))]
-    texts = dict(request.texts)
     new, records = 0, []
     for index, record in enumerate(ready):
+        texts = {} if is_real(record) else dict(request.texts)  # a workflow names the real image's file
         if request.with_record:
             texts[RECORD_TEXT] = json.dumps(record, sort_keys=True)
-        pictures = [image_png(levels, texts) for levels in (first[index % len(first)], second[index])]
+        drawn = record["digital_source_type"]
+        sources = (None if is_real(record) else drawn, drawn)
+        both = (first[index % len(first)], second[index])
+        pictures = [image_png(levels, texts, source) for levels, source in zip(both, sources, strict=True)]
         mask = mask_png(masks.pairs[index]) if record["mask_file_name"] else None
         added = dataset.add(record, *pictures, mask)
         new += added

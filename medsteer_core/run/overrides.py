@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ..files.inside import shown
-from ..steering.recipes import RECIPES
+from ..steering.recipes import IMAGE_RECIPES, RECIPES
 from .workflow import Workflow, WorkflowError, node_title
 
 SEEDS = ("seed", "noise_seed")
-STEER, PAIR_SAMPLER = "MedSteer_Steer", "MedSteer_CounterfactualSampler"
+STEER, PAIR_SAMPLER, OF_IMAGE = "MedSteer_Steer", "MedSteer_CounterfactualSampler", "MedSteer_CounterfactualOfImage"
 
 
 class OverrideError(WorkflowError):
@@ -61,19 +61,22 @@ def with_seed(workflow: Workflow, seed: int | None) -> Workflow:
 
 
 def with_recipe(workflow: Workflow, name: str | None) -> Workflow:
-    """A copy of the workflow with a recipe (`steering.recipes`) in every Steer and Counterfactual Sampler; None: as is.
+    """A copy of the workflow with a recipe (`steering.recipes`) in every node that takes one; None: as is.
 
-    Raises OverrideError for a name that there is not, for a workflow with neither node, and for linked inputs.
+    Raises OverrideError for a name that there is not, for a workflow without such a node, and for linked inputs.
     """
     if name is None:
         return workflow
     if name not in RECIPES:
         raise OverrideError(f"there is no recipe '{shown(name)}'; one of {', '.join(RECIPES)} was expected.")
-    of_class = {STEER: RECIPES[name].steer, PAIR_SAMPLER: RECIPES[name].sampler}
+    of_class = {STEER: RECIPES[name].steer, PAIR_SAMPLER: RECIPES[name].sampler, OF_IMAGE: IMAGE_RECIPES[name]}
     copy = json.loads(json.dumps(workflow))
     nodes = {i: node for i, node in copy.items() if node["class_type"] in of_class}
     if not nodes:
-        raise OverrideError("the workflow has neither Steer nor Counterfactual Sampler, whose inputs a recipe sets.")
+        raise OverrideError(
+            "the workflow has none of Steer, Counterfactual Sampler and Counterfactual of Image, whose inputs a recipe "
+            "sets."
+        )
     for node_id, node in nodes.items():
         values = of_class[node["class_type"]]
         for key in values:

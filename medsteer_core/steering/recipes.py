@@ -48,12 +48,27 @@ def _recipe(strength: float, focus: float, rows: str, start: float, lock: str) -
     return Recipe(MappingProxyType(steer), MappingProxyType(sampler))
 
 
+def _of_image(recipe: Recipe, start: float, cfg: float) -> Mapping[str, Any]:
+    return MappingProxyType({**recipe.sampler, "lock_threshold": 0.0, "counterfactual_start": start, "cfg": cfg})
+
+
 REMOVE_FOCAL, REMOVE_DIFFUSE, ADD = "remove focal", "remove diffuse", "add"
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
         REMOVE_FOCAL: _recipe(2.0, 1.0, "all", 0.45, AUTOMATIC),
         REMOVE_DIFFUSE: _recipe(1.5, 1.0, "all", 0.45, OPEN),
         ADD: _recipe(1.75, 1.5, "positive", 0.35, OPEN),
+    }
+)
+
+STEER_RECIPES = MappingProxyType({name: recipe.steer for name, recipe in RECIPES.items()})
+SAMPLER_RECIPES = MappingProxyType({name: recipe.sampler for name, recipe in RECIPES.items()})
+# Of Counterfactual of Image, whose inputs are the sampler's and cfg.
+IMAGE_RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        REMOVE_FOCAL: _of_image(RECIPES[REMOVE_FOCAL], 0.35, 2.0),
+        REMOVE_DIFFUSE: _of_image(RECIPES[REMOVE_DIFFUSE], 0.35, 2.0),
+        ADD: _of_image(RECIPES[ADD], 0.35, 2.0),
     }
 )
 
@@ -65,16 +80,17 @@ def find_recipe(name: str) -> Recipe:
     return RECIPES[name]
 
 
-def apart(name: str, inputs: Mapping[str, Any], of_sampler: bool = False) -> str:
-    """A warning where inputs of Steer, or of the sampler, are not those of the recipe they are said to be of, else "".
+def apart(name: str, inputs: Mapping[str, Any], recipes: Mapping[str, Mapping[str, Any]]) -> str:
+    """A warning where a node's inputs are not those of the recipe that they are said to be of, else "".
 
-    The inputs count, not the name: a workflow that was saved with a recipe gives the same when the recipe gets better.
-    Inputs that are left out are not looked at.
+    ``recipes``: the node's (`STEER_RECIPES`, `SAMPLER_RECIPES` or `IMAGE_RECIPES`). The inputs count, not the name: a
+    workflow that was saved with a recipe gives the same when the recipe gets better. Inputs that are left out are not
+    looked at.
     """
     if name == CUSTOM:
         return ""
-    recipe = find_recipe(name)
-    values = recipe.sampler if of_sampler else recipe.steer
+    find_recipe(name)
+    values = recipes[name]
     other = [(key.rpartition(".")[2], inputs[key], value) for key, value in values.items()
              if key in inputs and inputs[key] != value]  # fmt: skip
     if not other:

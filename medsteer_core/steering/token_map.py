@@ -113,13 +113,41 @@ def smoothed(maps: Tensor, times: int) -> Tensor:
     return maps / maps.amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
 
+OWN_THRESHOLD = 0.0  # for each map the threshold that parts its values best
+
+
+def otsu_thresholds(maps: Tensor, bins: int = 64) -> Tensor:
+    """(images,): for each map (images, H, W) in 0..1 the threshold that leaves most variance between its two parts.
+
+    N. Otsu, A threshold selection method from gray-level histograms (1979).
+    """
+    levels = (torch.arange(bins) + 0.5) / bins
+    share = torch.stack([torch.histc(values.float(), bins, 0, 1) for values in maps.cpu()])
+    share = share / share.sum(1, keepdim=True)
+    below, weighed = share.cumsum(1), (share * levels).cumsum(1)
+    between = (weighed[:, -1:] * below - weighed) ** 2 / (below * (1 - below)).clamp_min(1e-9)
+    return levels[between.argmax(1)] + 0.5 / bins
+
+
+def thresholds(maps: Tensor, threshold: float) -> Tensor:
+    """(images,): the share of its largest value from which on each map marks; `OWN_THRESHOLD` takes Otsu's.
+
+    Raises MedSteerError for a threshold that is none.
+    """
+    if not 0 <= threshold <= 1:
+        raise MedSteerError(f"mask_threshold is {threshold}; from 0 (each map's own) to 1 was expected.")
+    return otsu_thresholds(maps) if threshold == OWN_THRESHOLD else torch.full((len(maps),), threshold)
+
+
 def threshold_mask(maps: Tensor, threshold: float, dilation: int) -> Tensor:
-    """(images, H, W) bool: where a map is at least `threshold` of its largest value, grown by `dilation` pixels."""
-    if not 0 < threshold <= 1:
-        raise MedSteerError(f"mask_threshold is {threshold}; more than 0 and at most 1 was expected.")
+    """(images, H, W) bool: where a map is at least ``threshold`` of its largest value, grown by ``dilation`` pixels.
+
+    See `thresholds`.
+    """
+    limits = thresholds(maps, threshold)
     if dilation < 0:
         raise MedSteerError(f"mask_dilation is {dilation}; 0 or more latent pixels were expected.")
-    chosen = (maps >= threshold).float()[:, None]
+    chosen = ((maps >= limits.to(maps)[:, None, None]) & (maps > 0)).float()[:, None]
     size = 2 * dilation + 1
     return torch.nn.functional.max_pool2d(chosen, size, stride=1, padding=dilation)[:, 0] > 0
 

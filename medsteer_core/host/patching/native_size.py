@@ -43,7 +43,12 @@ def about_size(model: ModelPatcher, shape: Sequence[int], asked: tuple[int, int]
     return told
 
 
+def draws_squares(model: ModelPatcher) -> bool:
+    """Whether a model was trained on images of one size and shape alone."""
+    return hasattr(model.get_model_object("latent_format"), "native_side")
+
+
 def _suits(model: ModelPatcher, height: int, width: int, side: int) -> bool:
-    if hasattr(model.get_model_object("latent_format"), "native_side"):  # trained on that size alone
+    if draws_squares(model):
         return height == width == side
     return side * side / NEAR <= height * width <= side * side * NEAR

@@ -15,7 +15,7 @@ from ...extraction.separability import AUTO_THRESHOLD
 from ...steering.operators import make_operator
 from ...steering.plan import Steering
 from ...steering.presets import CUSTOM, find_preset, scaled_sites
-from ...steering.recipes import apart
+from ...steering.recipes import STEER_RECIPES, apart
 from ...steering.selection import has_auto, select_sites
 from ...vectors.pathology_vector import PathologyVector
 from ...vectors.schedule import CONSTANT
@@ -90,7 +90,7 @@ def steer(
     given = {f"operator.{key}": value for key, value in parameters.items()}
     given |= {"operator": operator, "start_percent": start_percent, "end_percent": end_percent, "rows": rows,
               "preset": preset, "curve": curve}  # fmt: skip
-    if warning := apart(recipe, given):
+    if warning := apart(recipe, given, STEER_RECIPES):
         note += f"\n{warning}"
     warning = differs(vector, model)
     if warning:

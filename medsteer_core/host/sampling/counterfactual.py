@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...errors import MedSteerError
 from ...steering.plan import SteeringPlan
-from ...steering.token_map import mask_for_latent, smoothed, threshold_mask
+from ...steering.token_map import mask_for_latent, smoothed, threshold_mask, thresholds
 from ..patching.checks import check_reachable
 from ..patching.finite import is_finite, model_not_finite
 from ..patching.levels import on_schedule
@@ -80,11 +80,12 @@ def strengths_problem(text: str) -> str:
     return ""
 
 
-def sample_pair(model: ModelPatcher, request: PairRequest) -> Pair:
+def sample_pair(model: ModelPatcher, request: PairRequest, start: type[PairRun] = PairRun) -> Pair:
     """Factual and counterfactual latents of a steered MODEL, or of another prompt, or both (see PairRequest and Pair).
 
-    Raises MedSteerError where there is neither, for samplers whose calls can't be answered from a record, and for
-    masks that don't fit.
+    ``start``: where the factual comes from: noise, or with `ImageRun` the request's latents themselves. Raises
+    MedSteerError where there is neither, for samplers whose calls can't be answered from a record, and for masks that
+    don't fit.
     """
     plan = on_schedule(plan_of(model), model)
     doubts = doubts_of(plan, request)
@@ -94,7 +95,7 @@ def sample_pair(model: ModelPatcher, request: PairRequest) -> Pair:
     plans = [plan.scaled(multiple) for multiple in request.multiples]
     for part in plans:
         check_reachable(part, request.schedule.sigmas, {"positive": None, "negative": None})
-    run = PairRun(model, plan, request, len(plans))
+    run = start(model, plan, request, len(plans))
     given = _given_mask(run)
     factual, changes = run.factual(keep_parts=request.lock == PREDICTION)
     if not is_finite(factual):
@@ -111,9 +112,11 @@ def sample_pair(model: ModelPatcher, request: PairRequest) -> Pair:
             "at the counterfactual prompt."
         )
     images = len(run.latents)
-    records = records_of(
-        model, plan, request, run.latents, run.noise, lock_of(request, allowed, source, images), run.computed
-    )
+    limits = [] if shown is None else thresholds(shown, request.threshold).tolist()
+    lock = lock_of(request, allowed, source, images, limits)
+    records = records_of(model, plan, request, run.latents, run.noise, lock, run.computed)
+    for record in records:
+        record["made"] |= run.facts
     doubts += about_size(model, run.latents.shape, request.asked_size)
     doubts += unchanged(factual, counterfactual, records)
     mask = torch.ones(images, *run.size) if allowed is None else allowed.float()
@@ -193,8 +196,8 @@ def _in_words(run: PairRun, source: str, share: float) -> str:
     cost = f"cost: {run.cost:.2f} times one image" + (f", {run.tokens}" if run.tokens else "")
     lines = [
         f"{images} factual, {images * len(request.multiples)} counterfactual ({'; '.join(ways) or 'the same prompt'})",
-        f"{' x '.join(str(side) for side in pixels_of(run.model, run.latents.shape)[::-1])} pixels, seed {seed}, "
-        f"{schedule.sampler_name}, {schedule.steps} steps, cfg {request.cfg:g}",
+        f"{' x '.join(str(side) for side in pixels_of(run.model, run.latents.shape)[::-1])} pixels, "
+        f"{run.origin or f'seed {seed}, {schedule.sampler_name}'}, {schedule.steps} steps, cfg {request.cfg:g}",
         f"mask_source: {source}" + ("" if source == OPEN else f", {share:.0%} of the image may change"),
         cost,
     ]

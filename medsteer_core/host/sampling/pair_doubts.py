@@ -24,11 +24,11 @@ def doubts_of(plan: SteeringPlan, request: PairRequest) -> list[str]:
     mine = request.recipe
     inputs = {
         "lock": request.lock, "lock_threshold": request.threshold, "lock_dilation": request.dilation,
-        "lock_smoothing": request.smoothing, "counterfactual_start": request.start_percent,
+        "lock_smoothing": request.smoothing, "counterfactual_start": request.start_percent, "cfg": request.cfg,
     }  # fmt: skip
     others = {steering.recipe for steering in plan.steerings} - {CUSTOM, mine}
     unknown = about_ignored(ignored_words(request.positive, request.negative, request.counterfactual or []))
-    told = [apart(mine, inputs, of_sampler=True), unknown and f"Warning: {unknown}"]
+    told = [apart(mine, inputs, request.recipes), unknown and f"Warning: {unknown}"]
     if mine != CUSTOM and others:
         told.append(f"Warning: recipe says '{mine}' here and '{min(others)}' at Steer. Choose the same in both.")
     if request.steer_nodes > len(plan.steerings):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...dataset.records import short_hash
 from ...steering.plan import Steering, SteeringPlan
+from ...steering.token_map import OWN_THRESHOLD
 from ...vectors.pathology_vector import PathologyVector
 from ...vectors.recipe import recipe
 from ..patching.fingerprint import fingerprint
@@ -61,14 +62,21 @@ def records_of(
 _Lock = Sequence[Mapping[str, Any]]
 
 
-def lock_of(request: PairRequest, allowed: Tensor | None, source: str, images: int) -> list[dict[str, Any]]:
-    """How each image was locked. A mask that was drawn is told by its hash, one of a concept map by its rule."""
+def lock_of(
+    request: PairRequest, allowed: Tensor | None, source: str, images: int, limits: Sequence[float]
+) -> list[dict[str, Any]]:
+    """How each image was locked. A mask that was drawn is told by its hash, one of a map by its rule.
+
+    ``limits``: each map's threshold, where there are maps.
+    """
     if allowed is None:
         return [{"mask_source": source}] * images
     if request.mask is None:
-        rule = {"threshold": request.threshold, "dilation": request.dilation}
-        more = {"smoothing": request.smoothing} if request.smoothing else {}
-        return [{"mask_source": source, **rule, **more}] * images
+        rule = {"mask_source": source, "threshold": request.threshold, "dilation": request.dilation}
+        rule |= {"smoothing": request.smoothing} if request.smoothing else {}
+        if request.threshold != OWN_THRESHOLD or not limits:
+            return [rule] * images
+        return [{**rule, "threshold": round(limit, 4), "rule": "otsu"} for limit in limits]
     return [{"mask_source": source, "mask": tensor_hash(mask)} for mask in allowed]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ...steering.presets import CUSTOM
-from ...steering.recipes import AUTOMATIC, CONCEPT, OPEN, PREDICTION
+from ...steering.recipes import AUTOMATIC, CONCEPT, OPEN, PREDICTION, SAMPLER_RECIPES
 from .runs import Schedule
 
 USER = "user"  # where a mask comes from that was connected
@@ -27,7 +27,7 @@ class PairRequest:
     mask: (1 or B, H, W), where the image may change, before `lock`; threshold, dilation: for the locks by a map, the
     share of the map's largest value, and latent pixels; smoothing: how often the map is smoothed before
     lock: one of `LOCKS`; automatic is the concept map of a steered model, else the difference of the predictions
-    recipe: by whose name the values were set, if by any (see steering/recipes.py)
+    recipe: by whose name the values were set, if by any; recipes: the node's (see steering/recipes.py)
     computed_tokens: `ALL`, or `IN_MASK`: those of the mask alone where the model allows it; kept_gigabytes: what the
     factual run may keep for that, 0 for half of what is free
     counterfactual: a CONDITIONING that takes the positive's place from ``start_percent`` of the denoising on
@@ -52,5 +52,6 @@ class PairRequest:
     computed_tokens: str = ALL
     kept_gigabytes: float = 0.0
     recipe: str = CUSTOM
+    recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: SAMPLER_RECIPES)
     steer_nodes: int = 0  # in the graph before the model, where that is known
     asked_size: tuple[int, int] | None = None  # height and width in pixels that the graph asks for, where known

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import comfy.model_management
 import comfy.sample
+import comfy.samplers
 import latent_preview
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -28,15 +30,22 @@ from .paired_guiders import COUNTERFACTUAL, AtStates, ConditionGuider, Recording
 from .run_record import Answer, RunRecord
 
 HALO = 0  # tokens that are computed around those of the mask, which `dilation` has grown already
-MAP_CALLS = 3  # of the window's calls, those at which two prompts' predictions are compared,
-MAP_FROM = 0.25  # and the share of the calls before them: the first ones' differences lie all over the image
+MAP_FROM = 0.25  # of the window's calls, the share before the compared ones: there differences lie all over the image
 
 
 class PairRun:
     """One node run: its latents and noise as the model wants them, and the runs that are made of them.
 
-    ``cost``: what was computed so far, in runs of the factual images alone.
+    ``cost``: what was computed so far, in runs of the factual images alone. ``origin``: what the factual comes from, in
+    words, where not from noise; ``facts``: what the pairs' records say of that.
     """
+
+    origin = ""
+    map_calls = 3  # of the window's calls, those at which two prompts' predictions are compared
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {}
 
     def __init__(self, model: ModelPatcher, plan: SteeringPlan, request: PairRequest, counterfactuals: int):
         latent = request.latent
@@ -55,8 +64,9 @@ class PairRun:
         source = request.noise or Noise_RandomNoise(request.seed)
         self.noise: Tensor = source.generate_noise({**latent, "samples": self.latents})
         self._seed = source.seed
-        self._progress = _Progress(model, request.schedule.steps, 1 + counterfactuals)
+        self._progress = _Progress(model, self._levels.numel() - 1, 1 + counterfactuals)
         self.record, self.cost = RunRecord(), 0.0
+        self._walk: comfy.samplers.Sampler = request.schedule.sampler
         self.tokens = ""  # which were computed, in words
         self.computed: dict[str, int] | None = None  # how many of how many, where not all were
         self._kept: KeptTokens | None = None
@@ -66,6 +76,15 @@ class PairRun:
             self._kept = KeptTokens(self._limit(), self._calls(), self._spare())
         elif why:
             self.tokens = f"all tokens computed: {why}"
+
+    @property
+    def _levels(self) -> Tensor:
+        """The noise levels of each run ``(steps + 1,)``."""
+        return self.request.schedule.sigmas
+
+    def _cost_of(self, calls: float) -> float:
+        """Calls with guidance as a share of those that one image takes."""
+        return calls / max(1, len(self.record))
 
     def _why_all(self) -> str | None:
         """Why all tokens are computed, "" where nothing else was asked for; None where some will do."""
@@ -93,7 +112,7 @@ class PairRun:
         return there, comfy.model_management.get_free_memory(there) / 2
 
     def _calls(self) -> int:
-        levels = [float(sigma) for sigma in self.request.schedule.sigmas[:-1]]
+        levels = [float(sigma) for sigma in self._levels[:-1]]
         return max(1, sum(self._starts_at(self.plan)(level) for level in levels))
 
     def _starts_at(self, plan: SteeringPlan) -> Callable[[float], bool]:
@@ -131,12 +150,12 @@ class PairRun:
         latents = self._sample(
             RecordingGuider(plain if apart else watched, self.record, keep_parts, self._kept, begins)
         )
-        self.cost += 1
+        self.cost += self._cost_of(len(self.record))
         if self._kept is not None and self._kept.left_out:
             self.tokens = f"all tokens computed: {self._kept.left_out}"
         if apart:
             self._sample(RecordingGuider(watched, RunRecord()))
-            self.cost += 1
+            self.cost += self._cost_of(len(self.record))
         return latents, changes
 
     def prediction_difference(self) -> Tensor:
@@ -144,12 +163,12 @@ class PairRun:
         if self.takes_over is None:
             return torch.zeros(len(self.latents), *self.size)
         answers = [answer for answer in self.record if answer.sigma in self.takes_over]
-        answers = _some(answers[int(len(answers) * MAP_FROM) :], MAP_CALLS)
+        answers = _some(answers[int(len(answers) * MAP_FROM) :], self.map_calls)
         guider = ConditionGuider(with_plan(self.model, SteeringPlan()))
         probe = AtStates(answers)
         self._sample(guider, probe, positive=self.request.counterfactual)
         chunks = 1 if self.request.cfg == 1 else 2
-        self.cost += len(answers) / chunks / max(1, len(self.record))
+        self.cost += self._cost_of(len(answers) / chunks)
         return prediction_map([(answer.cond, other) for answer, other in zip(answers, probe.predictions, strict=True)])
 
     def counterfactual(self, plan: SteeringPlan, allowed: Tensor | None) -> Tensor:
@@ -164,7 +183,7 @@ class PairRun:
             with_plan(self.model, plan), self.record, self._starts_at(plan), allowed, self.takes_over, *some
         )
         latents = self._sample(guider, other=self.request.counterfactual if self.takes_over is not None else None)
-        self.cost += guider.computed / max(1, len(self.record))
+        self.cost += self._cost_of(guider.computed)
         return latents
 
     def _sample(self, guider, sampler=None, positive: list | None = None, other: list | None = None) -> Tensor:
@@ -176,7 +195,7 @@ class PairRun:
         guider.set_cfg(request.cfg)
         with _same_draws(self.model.load_device):
             result = guider.sample(
-                self.noise, self.latents, sampler or request.schedule.sampler, request.schedule.sigmas,
+                self.noise, self.latents, sampler or self._walk, self._levels,
                 denoise_mask=request.latent.get("noise_mask"), callback=None if sampler else self._progress.of_run(),
                 disable_pbar=True, seed=self._seed,
             )  # fmt: skip

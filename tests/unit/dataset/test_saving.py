@@ -241,3 +241,44 @@ def test_the_same_request_gives_the_same_files(tmp_path):
         trees.append({p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("*")
                       if p.is_file()})  # fmt: skip
     assert trees[0] == trees[1]
+
+
+def real(number: int, group: str) -> dict:
+    """A record of Counterfactual of Image."""
+    made = started(number)["made"] | {"factual": "real image", "image": f"{number:016x}"}
+    for name in ("seed", "batch_index", "noise"):
+        del made[name]
+    return {"group_id": group * 16, "noise_id": group * 16, "made": made}
+
+
+def test_of_a_real_image_the_counterfactual_alone_is_marked_synthetic_and_no_workflow_is_told(dataset):
+    texts = {"workflow": '{"image": "patient_4711.png"}', "prompt": '{"image": "patient_4711.png"}'}
+    saved = save_pairs(dataset, request(records=[real(1, "a"), started(2)], texts=texts, boxes="both"))
+    kinds = {}
+    for record, name in zip(saved.records, ("real", "drawn"), strict=True):
+        for kind in ("factual", "counterfactual"):
+            with Image.open(io.BytesIO(dataset.image(record, kind))) as picture:
+                picture.load()
+                found = [word for word in ("compositeWith", "/trainedAlgo") if word in picture.text.get(XMP_KEY, "")]
+                kinds[name, kind] = found, "workflow" in picture.text
+    assert kinds == {
+        ("real", "factual"): ([], False),
+        ("real", "counterfactual"): (["compositeWith"], False),
+        ("drawn", "factual"): (["/trainedAlgo"], True),
+        ("drawn", "counterfactual"): (["/trainedAlgo"], True),
+    }
+    folder = Path(dataset.root)
+    lines = [json.loads(line) for path in folder.rglob("metadata.jsonl") for line in path.read_text().splitlines()]
+    assert sorted(line["factual_is_real"] for line in lines) == [False, True]
+    card = (folder / "README.md").read_text()
+    assert "In 1 pairs the factual image is real" in card and "was taken of a patient" in card.replace("\n", " ")
+    assert "compositeWithTrainedAlgorithmicMedia" in card
+    whole = saved.records[0]
+    assert whole["synthetic"] and "patient_4711" not in json.dumps(whole)
+
+
+def test_a_real_images_group_decides_its_split(dataset):
+    records = [real(1, "a"), real(2, "a")]
+    saved = save_pairs(dataset, request(records=records, split="auto", validation=0.4, test=0.4))
+    assert len({record["split"] for record in saved.records}) == 1 == len({r["group_id"] for r in saved.records})
+    assert saved.records[0]["pair_id"] != saved.records[1]["pair_id"]

@@ -178,7 +178,7 @@ def test_a_recipe_that_fits_nothing_is_refused():
     for workflow, name, said in (
         (steer, "cure", "there is no recipe 'cure'; one of remove focal"),
         (steer, "add", "start_percent is linked, so that no recipe can set it"),
-        ({"2": WORKFLOW["4"]}, "add", "neither Steer nor Counterfactual Sampler"),
+        ({"2": WORKFLOW["4"]}, "add", "none of Steer, Counterfactual Sampler and"),
     ):
         with pytest.raises(OverrideError, match=said):
             with_recipe(workflow, name)

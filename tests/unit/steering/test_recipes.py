@@ -4,7 +4,16 @@ import pytest
 
 from medsteer_core.errors import MedSteerError
 from medsteer_core.steering.operators import make_operator
-from medsteer_core.steering.recipes import ADD, RECIPES, REMOVE_DIFFUSE, REMOVE_FOCAL, apart, find_recipe
+from medsteer_core.steering.recipes import (
+    ADD,
+    RECIPES,
+    REMOVE_DIFFUSE,
+    REMOVE_FOCAL,
+    SAMPLER_RECIPES,
+    STEER_RECIPES,
+    apart,
+    find_recipe,
+)
 from medsteer_core.steering.rows import ALL_ROWS
 from medsteer_core.vectors.schedule import CONSTANT
 
@@ -33,17 +42,17 @@ def test_a_recipe_is_made_of_what_the_nodes_take(name):
 
 def test_inputs_of_the_recipe_need_no_word():
     for name, recipe in RECIPES.items():
-        assert apart(name, recipe.steer) == "" == apart(name, recipe.sampler, of_sampler=True)
-    assert apart("custom", {"operator.strength": 9.0}) == ""
+        assert apart(name, recipe.steer, STEER_RECIPES) == "" == apart(name, recipe.sampler, SAMPLER_RECIPES)
+    assert apart("custom", {"operator.strength": 9.0}, STEER_RECIPES) == ""
 
 
 def test_inputs_that_are_not_the_recipes_are_named_with_what_it_would_have():
-    said = apart(ADD, {**RECIPES[ADD].steer, "operator.strength": 3.0, "rows": "all"})
+    said = apart(ADD, {**RECIPES[ADD].steer, "operator.strength": 3.0, "rows": "all"}, STEER_RECIPES)
     assert said == (
         "Warning: recipe says 'add', but strength is 3, the recipe's 1.75, rows is all, the recipe's positive. "
         "The inputs count."
     )
-    assert "lock is none, the recipe's automatic" in apart(REMOVE_FOCAL, {"lock": "none"}, of_sampler=True)
+    assert "lock is none, the recipe's automatic" in apart(REMOVE_FOCAL, {"lock": "none"}, SAMPLER_RECIPES)
 
 
 def test_a_recipe_that_there_is_not():

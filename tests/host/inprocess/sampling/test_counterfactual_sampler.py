@@ -340,7 +340,7 @@ def test_growing_a_mask_adds_a_border():
     assert threshold_mask(maps, 0.5, 0).sum() == 1
     assert threshold_mask(maps, 0.5, 1).sum() == 9
     with pytest.raises(MedSteerError, match="mask_threshold"):
-        threshold_mask(maps, 0.0, 0)
+        threshold_mask(maps, -0.1, 0)
 
 
 def test_the_node_gives_latents_masks_and_words(pixart):
