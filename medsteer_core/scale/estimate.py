@@ -18,17 +18,20 @@ TEXTS, RECORD, PIXEL = 6_000, 5_000, 1.6
 def cost(tasks: Tasks, dataset: PairDataset, workers: int, seconds_per_pair: float | None) -> str:
     """What a plan makes and takes: pairs, tasks, images, bytes, and the time where a pair's seconds are given."""
     plan = tasks.plan
-    per_group = [tasks[group * len(plan.seeds)] for group in range(min(plan.groups, 1000))]
-    share = plan.groups / len(per_group) * len(plan.seeds)
+    per_group = [tasks[group * plan.innermost] for group in range(min(plan.groups, 1000))]
+    share = plan.groups / len(per_group) * plan.innermost
     pairs = round(sum(task.pairs for task in per_group) * share)
-    sampled = round(sum(task.images + task.pairs for task in per_group) * share)
+    drawn = sum((0 if plan.images else task.images) + task.pairs for task in per_group)
+    sampled = round(drawn * share)
     finished = {name.rsplit("/", 1)[-1].removesuffix(".json") for name in dataset.store.list("tasks")}
     done = sum(tasks.id_of(number) in finished for number in range(len(tasks))) if finished else 0
     left = pairs * (len(tasks) - done) / len(tasks)
     pixels = max((_pixels(task.workflow) for task in per_group), default=0)
     lines = [
         ("workflow", f"{len(plan.workflow)} nodes, {plan.groups} variants"),
-        ("seeds", f"{len(plan.seeds):,} x {per_group[0].images} images"),
+        ("real images", f"{len(plan.images):,}")
+        if plan.images
+        else ("seeds", f"{len(plan.seeds):,} x {per_group[0].images} images"),
         ("tasks", f"{len(tasks):,}" + (f", {done:,} of them done" if done else "")),
         ("pairs", f"{pairs:,}"),
         ("images sampled", f"{sampled:,} ({pairs:,} counterfactual)"),

@@ -12,9 +12,10 @@ from typing import Any
 
 from ..run.overrides import read_workflow
 from ..run.workflow import Workflow, WorkflowError
+from .images import RealImage, real_images
 from .yaml_file import Source, Where, read_yaml, shown
 
-KEYS = ("workflow", "output", "pairs", "prompts", "seeds", "strengths", "set", "chunk", "splits", "limits")
+KEYS = ("workflow", "output", "pairs", "prompts", "seeds", "images", "strengths", "set", "chunk", "splits", "limits")
 CONCEPTS = ("present", "absent")
 LARGEST_SEED = 2**64 - 1
 MOST_TASKS, MOST_IMAGES = 2_000_000, 256
@@ -43,7 +44,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked plan. `settings`: name -> the values to try; `seeds`, `strengths`, `prompts` are what to combine."""
+    """A checked plan. `settings`: name -> the values to try; `seeds`, `strengths`, `prompts` are what to combine.
+
+    With real `images` these are in the place of seeds, and there are none.
+    """
 
     workflow: Workflow
     output: str
@@ -56,7 +60,13 @@ class Plan:
     validation: float | None = None
     test: float | None = None
     limits: Limits = Limits()
+    images: Sequence[RealImage] = ()
     source: Source = Source("the plan", {})
+
+    @property
+    def innermost(self) -> int:
+        """How many seeds or images each group has."""
+        return len(self.images) or len(self.seeds)
 
     @property
     def groups(self) -> int:
@@ -65,7 +75,7 @@ class Plan:
 
     def __len__(self) -> int:
         """The number of tasks."""
-        return self.groups * len(self.seeds)
+        return self.groups * self.innermost
 
 
 def read_plan(path: Path) -> Plan:
@@ -77,14 +87,18 @@ def plan_of(source: Source, folder: Path) -> Plan:
     """The plan that a file's values tell. MedSteerError names the line and the key of whatever does not fit."""
     values = source.values
     source.check_keys((), values, KEYS)
-    for key in ("workflow", "output", "seeds"):
+    real = "images" in values
+    for key in ("workflow", "output", *(() if real else ("seeds",))):
         if key not in values:
-            raise source.error((), f"the key '{key}' is missing. A plan needs workflow, output and seeds.")
+            raise source.error((), f"the key '{key}' is missing. A plan needs workflow, output, and seeds or images.")
+    for key in ("seeds", "chunk") if real else ():
+        if key in values:
+            raise source.error((key,), f"'{key}' goes with images that are drawn; this plan has real 'images'.")
     validation, test = _splits(source)
     plan = Plan(
         workflow=_workflow(source, folder),
         output=_output(source),
-        seeds=_seeds(source),
+        seeds=() if real else _seeds(source),
         choices=_choices(source),
         prompts=_prompts(source),
         strengths=_strengths(source),
@@ -93,6 +107,7 @@ def plan_of(source: Source, folder: Path) -> Plan:
         validation=validation,
         test=test,
         limits=_limits(source),
+        images=real_images(source, folder) if real else (),
         source=source,
     )
     if len(plan) > MOST_TASKS:

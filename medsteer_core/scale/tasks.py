@@ -1,8 +1,8 @@
 """A plan's tasks: each is one workflow to queue, with an id that follows from what it makes.
 
 The plan's values go where the workflow has a place for them, found from its Save Counterfactual Pairs node: the seeds
-and strengths to the Counterfactual Sampler that its record comes from, the concepts to the prompts of that sampler's
-Extract Pathology Vector. Values under `set` go where their names say.
+(or real images) and strengths to the Counterfactual Sampler (of Image) that its record comes from, the concepts to the
+prompts of that sampler's Extract Pathology Vector. Values under `set` go where their names say.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ..run.workflow import Workflow, node_title
 from .plan import Choice, Plan
 
 SAVE, SAMPLER = "MedSteer_SaveCounterfactualPairs", "MedSteer_CounterfactualSampler"
+OF_IMAGE = "MedSteer_CounterfactualOfImage"
 EXTRACT, LOAD = "MedSteer_ExtractPathologyVector", "MedSteer_LoadPathologyVector"
 KINDS = {"true or false": bool, "a text": str, "a number": int | float, "a value": object}
 FOLDER = "medsteer/scale"  # of the workers' ComfyUI, in its output folder; below it one folder a task
@@ -28,7 +29,10 @@ FOLDER = "medsteer/scale"  # of the workers' ComfyUI, in its output folder; belo
 
 @dataclass(frozen=True)
 class Task:
-    """One workflow to run. `group` is the same for tasks that differ in their seed only, `pairs` what it makes."""
+    """One workflow to run. `group` is the same for tasks that differ in their seed only, `pairs` what it makes.
+
+    image: the bytes of the real image's file and its name, where there is one; `load` is the node that loads it.
+    """
 
     task_id: str
     group: int
@@ -36,6 +40,9 @@ class Task:
     pairs: int
     images: int
     workflow: Workflow
+    image: tuple[bytes, str] | None = None
+    load: str = ""
+    file_sha256: str = ""
 
 
 class Tasks:
@@ -60,23 +67,38 @@ class Tasks:
         return boxes if isinstance(boxes, str) else "none"
 
     def group_of(self, index: int) -> int:
-        return index // len(self.plan.seeds)
+        return index // self.plan.innermost
 
     def id_of(self, index: int) -> str:
         """The task's id: 16 hex digits of a hash of its workflow."""
-        group, place = divmod(index, len(self.plan.seeds))
+        group, place = divmod(index, self.plan.innermost)
+        if self.plan.images:
+            image = self.plan.images[place]
+            return short_hash([self._resolved(group)[1], image.digest, image.group])
         return short_hash([self._resolved(group)[1], self.plan.seeds[place]])
 
     def __getitem__(self, index: int) -> Task:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        group, place = divmod(index, len(self.plan.seeds))
+        group, place = divmod(index, self.plan.innermost)
         base, _, images, strengths = self._resolved(group)
-        seed, task_id, workflow = self.plan.seeds[place], self.id_of(index), json.loads(base)
-        save = only(workflow, SAVE)
-        workflow[sampler_of(workflow)]["inputs"]["seed"] = seed
+        task_id, workflow = self.id_of(index), json.loads(base)
+        save, sampler = only(workflow, SAVE), sampler_of(workflow)
         workflow[save]["inputs"]["folder"] = f"{FOLDER}/{task_id}"
+        if self.plan.images:
+            return self._of_image(task_id, group, place, images * strengths, workflow)
+        seed = self.plan.seeds[place]
+        workflow[sampler]["inputs"]["seed"] = seed
         return Task(task_id, group, seed, images * strengths, images, workflow)
+
+    def _of_image(self, task_id: str, group: int, place: int, pairs: int, workflow: dict[str, Any]) -> Task:
+        image, sampler = self.plan.images[place], sampler_of(workflow)
+        load = workflow[sampler]["inputs"]["image"][0]
+        workflow[load]["inputs"]["image"] = f"medsteer_{image.digest[:16]}.png"  # says nothing of whose it is
+        if image.group:
+            workflow[sampler]["inputs"]["group"] = short_hash({"group": image.group})
+        told = (image.read(), image.path.name)
+        return Task(task_id, group, place, pairs, 1, workflow, told, load, image.digest)
 
     def __iter__(self) -> Iterator[Task]:
         return (self[index] for index in range(len(self)))
@@ -102,8 +124,11 @@ class Tasks:
         for key, share in (("validation_fraction", plan.validation), ("test_fraction", plan.test)):
             if share is not None:
                 workflow[save]["inputs"][key] = share
-        images = _put_chunk(workflow, sampler, plan.chunk)
-        check_unseen_seeds(plan, workflow, save, sampler)
+        if workflow[sampler]["class_type"] == OF_IMAGE or plan.images:
+            images = _put_loader(plan, workflow, sampler)
+        else:
+            images = _put_chunk(workflow, sampler, plan.chunk)
+            check_unseen_seeds(plan, workflow, save, sampler)
         inputs = workflow[sampler]["inputs"]
         counted = {**workflow, sampler: {**workflow[sampler], "inputs": {**inputs, "seed": None}}}
         counted[save] = {**workflow[save], "inputs": {**workflow[save]["inputs"], "folder": None}}
@@ -123,11 +148,14 @@ def only(workflow: Workflow, class_type: str) -> str:
 
 
 def sampler_of(workflow: Workflow) -> str:
-    """The id of the Counterfactual Sampler that the saved record comes from."""
+    """The id of the Counterfactual Sampler, or Counterfactual of Image, that the saved record comes from."""
     link = workflow[only(workflow, SAVE)]["inputs"].get("record")
     node = workflow.get(link[0]) if isinstance(link, list) and link else None
-    if node is None or node["class_type"] != SAMPLER:
-        raise MedSteerError("Connect 'record' of Save Counterfactual Pairs straight to a Counterfactual Sampler.")
+    if node is None or node["class_type"] not in (SAMPLER, OF_IMAGE):
+        raise MedSteerError(
+            "Connect 'record' of Save Counterfactual Pairs straight to a Counterfactual Sampler or a Counterfactual of "
+            "Image."
+        )
     for name in ("seed", "noise"):
         if isinstance(node["inputs"].get(name), list):
             raise MedSteerError(f"The plan's seeds go to Counterfactual Sampler; leave its '{name}' unconnected.")
@@ -179,6 +207,8 @@ def _put_concepts(workflow: Workflow, save: str, sampler: str, choice: Choice, p
     places = {"present": positive}
     if extracts:
         places = {role: _text_node(workflow, extracts[0], role) for role in ("present", "absent")}
+    elif "counterfactual" in workflow[sampler]["inputs"]:
+        places["absent"] = _text_node(workflow, sampler, "counterfactual")
     template = prompt or "An endoscopic image of {concept}"
     words = {"present": choice.present, "absent": choice.absent}
     for role, number in places.items():
@@ -200,6 +230,26 @@ def _text_node(workflow: Workflow, number: str, role: str) -> str:
             "give the prompts under 'set'."
         )
     return link[0]
+
+
+def _put_loader(plan: Plan, workflow: dict[str, Any], sampler: str) -> int:
+    """A Load Image node in the place of whatever gives Counterfactual of Image its image; returns 1, the images a task.
+
+    MedSteerError where a plan of images has another sampler, or a plan of seeds this one.
+    """
+    if not plan.images or workflow[sampler]["class_type"] != OF_IMAGE:
+        raise plan.source.error(
+            ("images",) if plan.images else ("seeds",),
+            "real 'images' go with Counterfactual of Image, and 'seeds' with Counterfactual Sampler; the workflow's "
+            f"record comes from {node_title(workflow, sampler)}.",
+        )
+    given = workflow[sampler]["inputs"].get("image")
+    own = str(max((int(number) for number in workflow if number.isdecimal()), default=0) + 1)
+    workflow[own] = {"class_type": "LoadImage", "inputs": {"image": ""}, "_meta": {"title": "Load Image"}}
+    for node in workflow.values():
+        node["inputs"] |= {name: [own, 0] for name, value in node["inputs"].items() if value == given}
+    workflow[sampler]["inputs"]["image"] = [own, 0]
+    return 1
 
 
 def _put_chunk(workflow: dict[str, Any], sampler: str, chunk: int | None) -> int:

@@ -20,7 +20,8 @@ from ..dataset.pair_dataset import PairDataset
 from ..errors import MedSteerError
 from ..run.client import ComfyClient
 from ..run.server import ComfyServer, ServerError, comfyui_from_environment
-from ..run.workflow import WorkflowError, WorkflowFailed, WorkflowInterrupted, WorkflowRefused
+from ..run.workflow import Workflow, WorkflowError, WorkflowFailed, WorkflowInterrupted, WorkflowRefused
+from .images import upright_png
 from .tasks import FOLDER, SAVE, Task
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -85,7 +86,7 @@ class Worker:
             return outcome(START, error)
         try:
             with _timed(seconds, "comfyui"):
-                result = client.run(task.workflow, time_limit=self.settings.timeout)
+                result = client.run(_uploaded(task, client), time_limit=self.settings.timeout)
             with _timed(seconds, "download"):
                 records, files = collect(result.output(SAVE), client.view)
         except (WorkflowFailed, WorkflowRefused, MedSteerError, KeyError) as error:
@@ -142,6 +143,17 @@ class Worker:
         """Delete the pairs from our own server's output folder: they stand in the dataset now."""
         if self._server is not None:
             shutil.rmtree(self._server.base / "output" / FOLDER / task.task_id, ignore_errors=True)
+            if task.image is not None:
+                (self._server.base / "input" / task.workflow[task.load]["inputs"]["image"]).unlink(missing_ok=True)
+
+
+def _uploaded(task: Task, client: ComfyClient) -> Workflow:
+    """The task's workflow, whose real image is on the server now: its pixels, without what the file says of itself."""
+    if task.image is None:
+        return task.workflow
+    inputs = task.workflow[task.load]["inputs"]
+    name = client.upload(upright_png(*task.image), inputs["image"])
+    return {**task.workflow, task.load: {**task.workflow[task.load], "inputs": {**inputs, "image": name}}}
 
 
 def collect(shown: Mapping[str, Any], view: Callable[..., bytes]) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
@@ -163,7 +175,8 @@ def add(dataset: PairDataset, record: Mapping[str, Any], files: Mapping[str, byt
 
 def mark(dataset: PairDataset, task: Task, pair_ids: tuple[str, ...]) -> None:
     """Write the task's marker, after its pairs: who finds it need not make the task again."""
-    data = {"task_id": task.task_id, "seed": task.seed, "pair_ids": list(pair_ids)}
+    made_of = {"file_sha256": task.file_sha256} if task.image is not None else {"seed": task.seed}
+    data = {"task_id": task.task_id, **made_of, "pair_ids": list(pair_ids)}
     dataset.store.write_whole(f"tasks/{task.task_id}.json", (json.dumps(data, indent=1) + "\n").encode(), "tasks")
 
 
