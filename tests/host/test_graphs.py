@@ -44,6 +44,15 @@ SCHEMA = {
          "counterfactual", "counterfactual_start", "lock_smoothing", "computed_tokens", "kept_memory", "recipe"],
         ["LATENT", "LATENT", "MASK", "MASK", "STRING", "MEDSTEER_RECORD"],
     ),
+    "MedSteer_CounterfactualOfImage": (
+        ["image", "model", "vae", "positive", "negative", "steps", "cfg", "scheduler", "strengths", "lock",
+         "lock_threshold", "lock_dilation", "lock_smoothing", "counterfactual_start", "size", "computed_tokens",
+         "counterfactual", "mask", "group", "sigmas", "recipe"],
+        ["IMAGE", "IMAGE", "MASK", "MASK", "LATENT", "STRING", "MEDSTEER_RECORD"],
+    ),
+    "MedSteer_PhantomImage": (
+        ["shows", "truth_shows", "seed", "width", "height", "batch_size"], ["IMAGE", "IMAGE", "MASK"],
+    ),
     "MedSteer_PixArtSigmas": (["steps", "denoise"], ["SIGMAS"]),
     "MedSteer_Steer": (
         ["model", "vector", "operator", "start_percent", "end_percent", "sites", "rows", "preset", "curve", "target",
