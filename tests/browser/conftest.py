@@ -10,6 +10,7 @@ import os
 import sys
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -62,16 +63,30 @@ def set_settings(address: str) -> None:
     urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30).close()
 
 
-@pytest.fixture
-def front(browser, comfy_server, checkout) -> Iterator[frontend.FrontEnd]:
+@contextmanager
+def opened(browser, server: ComfyServer, checkout: Path) -> Iterator[frontend.FrontEnd]:
     """The front end with an empty graph, in a fresh profile."""
     pictures = checkout / "output" / "browser"
     pictures.mkdir(parents=True, exist_ok=True)
-    set_settings(comfy_server.address)
+    set_settings(server.address)
     context = browser.new_context(viewport=frontend.WINDOW)
     try:
-        front = frontend.FrontEnd(context.new_page(), comfy_server.address, pictures)
+        front = frontend.FrontEnd(context.new_page(), server.address, pictures)
         front.start()
         yield front
     finally:
         context.close()
+
+
+@pytest.fixture
+def front(browser, comfy_server, checkout) -> Iterator[frontend.FrontEnd]:
+    """The front end with an empty graph, in a fresh profile."""
+    with opened(browser, comfy_server, checkout) as front:
+        yield front
+
+
+@pytest.fixture(scope="module")
+def shared_front(browser, comfy_server, checkout) -> Iterator[frontend.FrontEnd]:
+    """One front end for all tests of a file that only look at what they open: each opens in a tab of its own."""
+    with opened(browser, comfy_server, checkout) as front:
+        yield front
