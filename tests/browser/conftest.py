@@ -5,10 +5,8 @@ MEDSTEER_BROWSER=required makes that a failure. Screenshots go to output/browser
 files of example_workflows/api with the same front end (`--write-api`); they are never written by hand.
 """
 
-import json
 import os
 import sys
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,19 +54,12 @@ def comfy_server(checkout, browser) -> Iterator[ComfyServer]:
         yield server
 
 
-def set_settings(address: str) -> None:
-    """Give the server the settings of `frontend`: it keeps them for all browsers, with what a test before changed."""
-    body = json.dumps(frontend.SETTINGS).encode()
-    request = urllib.request.Request(address + "/api/settings", body, {"Content-Type": "application/json"})
-    urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30).close()
-
-
 @contextmanager
 def opened(browser, server: ComfyServer, checkout: Path) -> Iterator[frontend.FrontEnd]:
     """The front end with an empty graph, in a fresh profile."""
     pictures = checkout / "output" / "browser"
     pictures.mkdir(parents=True, exist_ok=True)
-    set_settings(server.address)
+    frontend.set_settings(server.address)
     context = browser.new_context(viewport=frontend.WINDOW)
     try:
         front = frontend.FrontEnd(context.new_page(), server.address, pictures)

@@ -81,6 +81,13 @@ DROP = """([name, type, content]) => {
 TYPES = {".json": "application/json", ".png": "image/png"}
 
 
+def set_settings(address: str) -> None:
+    """Give the server `SETTINGS`: it keeps them for all browsers, with what a test before changed."""
+    body = json.dumps(SETTINGS).encode()
+    request = urllib.request.Request(address + "/api/settings", body, {"Content-Type": "application/json"})
+    urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30).close()
+
+
 class FrontEnd:
     """One tab with the front end of the server at `address`; pictures of it go to the folder `pictures`."""
 
