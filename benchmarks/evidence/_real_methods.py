@@ -179,12 +179,12 @@ class Methods:
 BASELINES = ("sdedit", "ddim_inversion", "flowedit", "edit_friendly")
 OURS = ("ours_prompt", "ours_vector", "ours_both")
 VALUES: Mapping[str, tuple[float, ...]] = {
-    "sdedit": (0.3, 0.4, 0.5, 0.6),
-    "ddim_inversion": (0.4, 0.6, 0.8),
-    "flowedit": (0.35, 0.5, 0.65),
+    "sdedit": (0.3, 0.4, 0.5),
+    "ddim_inversion": (0.4, 0.6),
+    "flowedit": (0.35, 0.5),
     "edit_friendly": (0.4, 0.5, 0.6),
     "ours_prompt": (0.35, 0.45),
-    "ours_vector": (1.0, 1.5, 2.0),
+    "ours_vector": (1.0, 1.5),
     "ours_both": (0.5, 1.0),
 }
 
@@ -193,7 +193,7 @@ def ways(name: str, pair: Pair) -> list[Way]:
     """Every setting that is tried: the parameter's values, with the lock and without (a diffuse finding has none)."""
     changes: list[dict[str, Any]] = [{}]
     if name == "ours_prompt":
-        changes = [{"cfg": 2.0}, {"cfg": 3.0}, {"cfg": CFG}]
+        changes = [{"cfg": 2.0}, {"cfg": 3.0}]
     elif name in OURS:
         changes = [{"cfg": 2.0, "start": 0.35}]
     locks = (OPEN,) if pair.diffuse else (LOCK, OPEN) if name in BASELINES else (LOCK,)

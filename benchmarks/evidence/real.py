@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from benchmarks.evidence._real_methods import BASELINES, OURS, PAIRS, Methods, Real, Way, ways
 from benchmarks.evidence._real_odd import ODD, text_pixels
+from benchmarks.evidence._real_plot import plot
 from benchmarks.shared.command import aligned, common_options, finish, with_interval
 from benchmarks.shared.lab import Lab, comfyui_version, start_comfyui
 from benchmarks.shared.presets import Pair, check_pairs
@@ -142,7 +143,7 @@ def run(chosen: argparse.Namespace) -> tuple[dict[str, Any], Tensor]:
         "settings": {"n": chosen.n, "split": chosen.split, "sweep": chosen.sweep, "seed": SEEDS[chosen.split]},
         "machine": machine(lab.model.load_device), "comfyui": comfyui_version(), "pairs": pairs,
     }  # fmt: skip
-    return record, (sheet(names, blocks) if blocks else None)
+    return record, plot(pairs) if chosen.sweep else sheet(names, blocks)
 
 
 def _ways(name: str, pair: Pair, sweep: bool) -> list[Way]:

@@ -64,7 +64,9 @@ def edit_images(
     pair = sample_pair(model, replace(request, latent={"samples": latents}, mask=mask), ImageRun)
     difference = canvas.back(_difference(vae, pair, latents))
     share = None
-    if pair.mask_source != OPEN:
+    if request.mask is not None:  # as it was drawn, and not as whole latent pixels
+        share = request.mask.reshape(-1, *real.shape[-2:]).float().cpu().clamp(0, 1).expand(len(real), -1, -1)
+    elif pair.mask_source != OPEN:
         share = canvas.back(soft_mask(pair.mask)[:, None])[:, 0].clamp(0, 1)
     times = len(pair.counterfactual) // len(real)
     changed = edited(real.repeat(times, 1, 1, 1), difference, None if share is None else share.repeat(times, 1, 1))

@@ -88,7 +88,7 @@ def test_outside_the_mask_are_the_images_bytes(models, kind, lock, tokens):
     changes = {"computed_tokens": tokens, "threshold": 0.9, "dilation": 0}
     if lock == "mask":
         changes |= {"mask": torch.zeros(1, 128, 192)}
-        changes["mask"][:, 16:32, 24:56] = 1
+        changes["mask"][:, 17:35, 22:59] = 1  # no whole latent pixels
     else:
         changes["lock"] = lock
     if lock == CONCEPT:
@@ -97,6 +97,8 @@ def test_outside_the_mask_are_the_images_bytes(models, kind, lock, tokens):
     pair = edit_images(model, SmallVae(), image, request(model, **changes), OWN_SIZE)
     outside = pair.mask[..., None] == 0
     assert 0.1 < float(outside.float().mean()) < 1
+    if lock == "mask":
+        assert torch.equal(pair.mask, changes["mask"].expand(2, -1, -1))
     assert torch.equal(torch.where(outside, pair.counterfactual, 0), torch.where(outside, image, 0))
     assert not torch.equal(pair.counterfactual, image)
     latents = pair.pair.mask[:, None, ::8, ::8] == 0
