@@ -45,7 +45,7 @@ class CounterfactualOfImage(io.ComfyNode):
                 io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Denoising steps; more take longer."),
                 io.Float.Input(
                     "cfg",
-                    default=2.0,
+                    default=3.0,
                     min=0.0,
                     max=100.0,
                     step=0.1,

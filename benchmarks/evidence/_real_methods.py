@@ -189,14 +189,15 @@ VALUES: Mapping[str, tuple[float, ...]] = {
 }
 
 
-def ways(name: str, pair: Pair) -> list[Way]:
-    """Every setting that is tried: the parameter's values, with the lock and without (a diffuse finding has none)."""
+def ways(name: str, pair: Pair, free: bool = False) -> list[Way]:
+    """Every setting that is tried: the parameter's values under the lock, and ``free`` of it too; a diffuse finding has
+    no lock."""
     changes: list[dict[str, Any]] = [{}]
     if name == "ours_prompt":
         changes = [{"cfg": 2.0}, {"cfg": 3.0}]
     elif name in OURS:
         changes = [{"cfg": 2.0, "start": 0.35}]
-    locks = (OPEN,) if pair.diffuse else (LOCK, OPEN) if name in BASELINES else (LOCK,)
+    locks = (OPEN,) if pair.diffuse else (LOCK, OPEN) if free else (LOCK,)
     return [Way(value, lock, change) for value in VALUES[name] for lock in locks for change in changes]
 
 

@@ -17,11 +17,13 @@ COLOURS = {
 
 def plot(pairs: Mapping[str, Mapping[str, Any]]) -> Tensor:
     """A picture ``(3, height, width)``: filled marks are under the lock, hollow ones free."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     columns = min(3, len(pairs))
     rows = -(-len(pairs) // columns)
     figure = Figure(figsize=(4.2 * columns, 3.6 * rows + 0.5), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for axis, (name, pair) in zip(axes, pairs.items(), strict=False):
         for label, row in pair["methods"].items():

@@ -48,6 +48,7 @@ def main(words: list[str]) -> int:
     options.add_argument("--n", type=int, default=200, help="images a pair (200)")
     options.add_argument("--split", choices=list(SEEDS), default="test", help="which scenes (test)")
     options.add_argument("--sweep", action="store_true", help="every setting, not the chosen ones alone")
+    options.add_argument("--free", action="store_true", help="in a sweep, the settings without a lock too")
     options.add_argument("--odd", action="store_true", help="images out of the training's range, by ours alone")
     options.add_argument("--pairs", nargs="+", metavar="PAIR", help="some of the pairs, as 'source -> target'")
     options.add_argument("--methods", nargs="+", choices=[*OURS, *BASELINES], default=[*OURS, *BASELINES])
@@ -122,7 +123,7 @@ def run(chosen: argparse.Namespace) -> tuple[dict[str, Any], Tensor]:
         rows, shown = {}, {}
         rows["nothing"] = _row(case.scores(case.image), 0, 0)
         rows["truth"] = _row(case.scores(case.truth), 0, 0)
-        tried = [(name, way) for name in chosen.methods for way in _ways(name, pair, chosen.sweep)]
+        tried = [(name, way) for name in chosen.methods for way in _ways(name, pair, chosen)]
         for name, way in tried:
             label = _label(name, way)
             images, row = _measured(case, methods, real, name, way, kept / chosen.split / pair.slug, chosen.n)
@@ -146,9 +147,9 @@ def run(chosen: argparse.Namespace) -> tuple[dict[str, Any], Tensor]:
     return record, plot(pairs) if chosen.sweep else sheet(names, blocks)
 
 
-def _ways(name: str, pair: Pair, sweep: bool) -> list[Way]:
-    if sweep:
-        return ways(name, pair)
+def _ways(name: str, pair: Pair, chosen: argparse.Namespace) -> list[Way]:
+    if chosen.sweep:
+        return ways(name, pair, chosen.free)
     own = CHOSEN.get(pair.name, {}).get(name)
     return [] if own is None else [own]
 

@@ -6,6 +6,7 @@ from medsteer_core.errors import MedSteerError
 from medsteer_core.steering.operators import make_operator
 from medsteer_core.steering.recipes import (
     ADD,
+    IMAGE_RECIPES,
     RECIPES,
     REMOVE_DIFFUSE,
     REMOVE_FOCAL,
@@ -58,3 +59,15 @@ def test_inputs_that_are_not_the_recipes_are_named_with_what_it_would_have():
 def test_a_recipe_that_there_is_not():
     with pytest.raises(MedSteerError, match="no recipe 'cure'; choose custom, remove focal, remove diffuse, add"):
         find_recipe("cure")
+
+
+def test_recipes_of_real_images_are_the_samplers_with_a_start_a_cfg_and_each_maps_own_threshold():
+    for name, values in IMAGE_RECIPES.items():
+        other = {key for key, value in RECIPES[name].sampler.items() if values[key] != value}
+        assert set(values) == {*RECIPES[name].sampler, "cfg"} and other <= {"counterfactual_start", "lock_threshold"}
+    assert [IMAGE_RECIPES[REMOVE_FOCAL][key] for key in ("counterfactual_start", "cfg", "lock_threshold")] == [
+        0.35,
+        3,
+        0,
+    ]
+    assert "cfg is 4, the recipe's 3" in apart(REMOVE_FOCAL, {"cfg": 4.0}, IMAGE_RECIPES)
