@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""MedSteer in one command: the demo, the tests, ComfyUI in the browser, the benchmarks.
+"""MedSteer in one command: the demo, the tests, ComfyUI in the browser, the help pages' pictures, the benchmarks.
 
 Needs Python 3.10 or newer and nothing else. On first use it makes an environment (PyTorch, ComfyUI 0.30.0, the test
 tools) in a per-user cache; every later use, of this or another clone, finds it there. With COMFYUI_PATH set, that
@@ -90,12 +90,22 @@ def command_test(arguments: argparse.Namespace) -> int:
 
 
 def command_export(arguments: argparse.Namespace) -> int:
+    test = "tests/browser/test_workflow_files.py"
+    words = ["-m", "pytest", test, "-k", "api_file", "--write-api", *arguments.rest]
+    return run_with_browser("the API files are exported by ComfyUI's front end in a browser", words)
+
+
+def command_pictures(arguments: argparse.Namespace) -> int:
+    words = ["tests/browser/help_pictures", *arguments.rest]
+    return run_with_browser("the pictures are taken of ComfyUI's front end in a browser", words)
+
+
+def run_with_browser(what: str, words: list[str]) -> int:
+    """Run Python with these words and a Chromium; without one SetupError, which begins with what it is for."""
     made = environment("test")
     if lacks := browser_lacks(made):
-        raise SetupError(f"the API files are exported by ComfyUI's front end in a browser, but {lacks}.")
-    test = "tests/browser/test_workflow_files.py"
-    words = [test, "-k", "api_file", "--write-api", *arguments.rest]
-    return run_child([made.python, "-m", "pytest", *words], made, CHROMIUM=chromium())
+        raise SetupError(f"{what}, but {lacks}.")
+    return run_child([made.python, *words], made, CHROMIUM=chromium())
 
 
 def suites(rest: list[str], browser: bool = True) -> list[list[str]]:
@@ -156,6 +166,8 @@ def parser() -> argparse.ArgumentParser:
     test = "run ruff, lint-imports and all tests (the browser's need a Chromium; MEDSTEER_BROWSER=required insists)"
     command("test", command_test, test, "pytest")
     command("export", command_export, "write example_workflows/api anew, as ComfyUI's front end exports it", "pytest")
+    pictures = "make the help pages' pictures anew: all, or by NAME; --output DIR: elsewhere than in web/docs"
+    command("pictures", command_pictures, pictures, "tests/browser/help_pictures (whose help -- --help shows)")
     serve = command("serve", command_serve, "start ComfyUI with the pack for the browser", "ComfyUI")
     serve.add_argument("--port", type=int, help="default: the first free one from 8188")
     serve.add_argument("--listen", default="127.0.0.1", metavar="IP", help="default: %(default)s, this machine only")

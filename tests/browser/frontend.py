@@ -81,9 +81,9 @@ DROP = """([name, type, content]) => {
 TYPES = {".json": "application/json", ".png": "image/png"}
 
 
-def set_settings(address: str) -> None:
-    """Give the server `SETTINGS`: it keeps them for all browsers, with what a test before changed."""
-    body = json.dumps(SETTINGS).encode()
+def set_settings(address: str, settings: dict = SETTINGS) -> None:
+    """Give the server its settings: it keeps them for all browsers, with what a test before changed."""
+    body = json.dumps(settings).encode()
     request = urllib.request.Request(address + "/api/settings", body, {"Content-Type": "application/json"})
     urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30).close()
 

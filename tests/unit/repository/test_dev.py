@@ -79,6 +79,8 @@ def test_a_required_browser_that_is_missing_is_a_failure_and_nothing_runs(dev, m
     monkeypatch.setattr(dev, "run_child", None)
     assert dev.main(["export"]) == 1
     assert "exported by ComfyUI's front end in a browser, but no Chromium was found" in capsys.readouterr().err
+    assert dev.main(["pictures"]) == 1
+    assert "taken of ComfyUI's front end in a browser, but no Chromium was found" in capsys.readouterr().err
     monkeypatch.setenv("MEDSTEER_BROWSER", "required")
     assert dev.main(["test"]) == 1
     assert "MEDSTEER_BROWSER=required is set, but no Chromium was found" in capsys.readouterr().err
@@ -90,6 +92,17 @@ def test_words_that_dev_does_not_know_are_passed_on(dev, monkeypatch):
     monkeypatch.setattr(dev, "run_child", lambda command, made: passed.append(command) or 0)
     assert dev.main(["demo", "--seed", "3", "--", "--output", "x"]) == 0
     assert passed == [["python", "-m", "medsteer_core.run.demo", "--seed", "3", "--output", "x"]]
+
+
+def test_pictures_are_made_by_name_and_with_a_chromium(dev, monkeypatch, only_path):
+    ran, chromium = [], program(only_path / "chromium")
+    monkeypatch.setattr(dev, "environment", lambda command: dev.Environment("python", dev.ROOT))
+    monkeypatch.setattr(dev, "browser_lacks", lambda made: None)
+    monkeypatch.setattr(dev, "run_child", lambda command, made, **variables: ran.append((command, variables)) or 0)
+    assert dev.main(["pictures", "sweep", "--output", "x", "panel"]) == 0
+    words = ["python", "tests/browser/help_pictures", "sweep", "--output", "x", "panel"]
+    assert ran == [(words, {"CHROMIUM": chromium})]
+    assert (dev.ROOT / words[1] / "__main__.py").is_file()
 
 
 def test_a_missing_or_unknown_benchmark_is_answered_with_those_there_are(dev, monkeypatch, capsys):
