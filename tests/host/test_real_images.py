@@ -93,7 +93,7 @@ def test_the_data_set_says_that_the_factual_is_real_and_nothing_of_the_patient(c
     assert [line["factual_is_real"] for line in lines] == [True]
     for item, data in zip(output["images"], result.images(SAVE), strict=True):
         assert b"Doe" not in data and b"4711" not in data
-        assert (b"Iptc4xmpExt" in data) == ("_counterfactual" in item["filename"])
+        assert (b"Iptc4xmpExt" in data) == ("_factual" not in item["filename"])
     assert (
         "Doe" not in json.dumps(record)
         and "In 1 pairs the factual image is real" in comfy.view("README.md", "medsteer/real").decode()
