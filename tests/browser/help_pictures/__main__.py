@@ -28,7 +28,7 @@ from medsteer_core.run.server import ComfyServer, ServerError, comfyui_from_envi
 from medsteer_core.run.server import signals_as_interrupt as signals  # noqa: E402
 from medsteer_core.run.workflow import WorkflowError  # noqa: E402
 
-MOST_BYTES, QUALITIES = 45_000, (80, 75, 70, 65, 60)
+MOST_BYTES, QUALITIES = 35_000, range(80, 50, -4)
 
 
 def main(words: list[str]) -> int:
