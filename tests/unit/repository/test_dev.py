@@ -81,8 +81,6 @@ def test_a_required_browser_that_is_missing_is_a_failure_and_nothing_runs(dev, m
     assert "exported by ComfyUI's front end in a browser, but no Chromium was found" in capsys.readouterr().err
     assert dev.main(["pictures"]) == 1
     assert "taken of ComfyUI's front end in a browser, but no Chromium was found" in capsys.readouterr().err
-    assert dev.main(["pictures"]) == 1
-    assert "taken of ComfyUI's front end in a browser, but no Chromium was found" in capsys.readouterr().err
     monkeypatch.setenv("MEDSTEER_BROWSER", "required")
     assert dev.main(["test"]) == 1
     assert "MEDSTEER_BROWSER=required is set, but no Chromium was found" in capsys.readouterr().err
