@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.evidence._real_methods import BASELINES, OURS, PAIRS, Methods, Real, Way, ways
+from benchmarks.evidence._real_methods import BASELINES, OPEN, OURS, PAIRS, Methods, Real, Way, ways
 from benchmarks.evidence._real_odd import ODD, text_pixels
 from benchmarks.evidence._real_plot import plot
 from benchmarks.shared.command import aligned, common_options, finish, with_interval
@@ -34,7 +34,7 @@ from benchmarks.shared.record import machine
 from benchmarks.shared.sheet import sheet
 from medsteer_core.endophantom.true_pairs import true_pairs
 from medsteer_core.intervals import bootstrap, newcombe, wilson
-from medsteer_core.pictures.own_pixels import edited
+from medsteer_core.pictures.own_pixels import edited, without_ghosts
 from medsteer_core.scores.scorer import score_pairs
 
 SEEDS = {"development": 700_000, "test": 800_000}
@@ -76,9 +76,12 @@ class Case:
     def _pixels(self, latents: Tensor) -> Tensor:
         return torch.cat([self.lab.vae.decode(part)[..., :3].movedim(-1, 1) for part in latents.split(20)])
 
-    def edited(self, latents: Tensor) -> Tensor:
-        """The images with what an edit of their latents changes, in 8 bits as they are saved."""
-        return (edited(self.image, self._pixels(latents) - self._decoded) * 255).round() / 255
+    def edited(self, latents: Tensor, locked: bool) -> Tensor:
+        """The images with what an edit of their latents changes, in 8 bits as they are saved; as the node does it."""
+        difference = self._pixels(latents) - self._decoded
+        if locked:
+            difference = without_ghosts(difference, self.image, self._decoded)
+        return (edited(self.image, difference) * 255).round() / 255
 
     def scores(self, images: Tensor) -> dict[str, list[Any]]:
         """Of each counterfactual: whether it flipped, drift, PSNR to the truth, SSIM outside the true change."""
@@ -166,7 +169,7 @@ def _measured(case: Case, methods: Methods, real: Real, name: str, way: Way, fol
         held = torch.load(path, weights_only=True)
         return held["images"].float() / 255, held["row"]
     start = time.monotonic()
-    images = case.edited(methods.run(name, real, way))
+    images = case.edited(methods.run(name, real, way), way.lock != OPEN)
     row = _row(case.scores(images), methods.rows, (time.monotonic() - start) / len(images))
     folder.mkdir(parents=True, exist_ok=True)
     torch.save({"images": (images * 255).round().to(torch.uint8), "row": row}, path)
@@ -252,9 +255,9 @@ def run_odd(chosen: argparse.Namespace) -> tuple[dict[str, Any], Tensor]:
     for name, change in ODD.items():
         case = Case(lab, pair, chosen.n, SEEDS[chosen.split], change)
         real = Real(pair, case.latents, torch.ones(len(case.latents), *case.latents.shape[-2:], dtype=torch.bool))
-        images = case.edited(methods.run("ours_prompt", real, way))
+        images = case.edited(methods.run("ours_prompt", real, way), way.lock != OPEN)
         row = _row(case.scores(images), methods.rows, 0.0)
-        nothing = case.edited(case.latents)
+        nothing = case.edited(case.latents, True)
         row["same_bytes_at_0"] = bool(torch.equal(nothing, case.image))
         row["psnr_of_nothing"] = _row(case.scores(case.image), 0, 0)["psnr"]
         if name == "text overlay":

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from ..errors import MedSteerError
 
 SOFT = 4  # pixels of the canvas over which a mask's edge fades, twice
+REDRAWN = 16 / 255  # where the edit changes a channel by more, what was there is gone with its fine edges
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,16 @@ def soft_mask(mask: Tensor, margin: int = SOFT) -> Tensor:
     grown = F.max_pool2d(mask[:, None].float(), size, stride=1, padding=margin)
     edged = F.pad(grown, (margin,) * 4, mode="replicate")
     return F.avg_pool2d(edged, size, stride=1)[:, 0].clamp(0, 1)
+
+
+def without_ghosts(difference: Tensor, images: Tensor, before: Tensor) -> Tensor:
+    """A ``difference`` that takes away what the autoencoder does not see, too, where the edit changes much.
+
+    The image's own fine edges are not in the decoded image ``before`` the edit, and so not in the difference: the
+    outline of what is gone would stay. All are ``(n, 3, H, W)`` on the canvas.
+    """
+    redrawn = soft_mask((difference.abs().amax(1) > REDRAWN).float())[:, None]
+    return difference + redrawn * (before - images)
 
 
 def edited(images: Tensor, difference: Tensor, share: Tensor | None = None) -> Tensor:

@@ -17,6 +17,10 @@ from .pair import scores_of
 from .parts import DISTANCE_LIMIT, halves
 from .regions import dilated, mean_where
 
+ADVICE = (
+    "Try a higher strength or cfg, an earlier start, a larger mask or lock, or another seed; to add a finding, "
+    "template 3 Add a finding."
+)
 MOST_WAYS = 3  # of before and after that are told apart
 
 
@@ -41,12 +45,15 @@ def verdict(factuals: Tensor, counterfactuals: Tensor, judge: Judge | None, mask
         ways = [way for way, is_far in zip(zip(*labels, strict=True), far, strict=True) if not is_far]
         kept = _kept_by_findings(a, b, before, after, labels, judge, far) or _kept(a, b, mask)
         lines.append(f"{_ways(ways)}; {kept}.")
+        if stayed := sum(one == other for one, other in ways):
+            lines.append(f"{_stayed(stayed, len(ways))} {ADVICE}")
         if lost := sum(later and not first for later, first in zip(_far(after), far, strict=True)):
             lines.append(f"{_some(lost, len(a), 'counterfactual')} unlike anything that the judge was trained on.")
     if any(far):
         which = "This factual image is" if len(a) == 1 else f"{sum(far)} of {len(a)} factual images are"
         lines.append(
-            f"{which} unlike anything that the judge was trained on, so that it has no say. Choose one for such images."
+            f"{which} unlike anything that the judge was trained on, so that it has no say. Choose a judge of such "
+            "images, or none."
         )
         if all(far):
             lines.append(f"{_capital(_kept(a, b, mask))}.")
@@ -71,6 +78,10 @@ def _ways(ways: Sequence[tuple[str, str]]) -> str:
     if rest := sum(count for _, count in counts[MOST_WAYS:]):
         told.append(f"others: {rest} of {len(ways)}")
     return _capital("; ".join(told))
+
+
+def _stayed(count: int, of: int) -> str:
+    return "It did not work: the judge sees no change." if of == 1 else f"In {count} of {of} it did not work."
 
 
 def _kept_by_findings(a, b, before: Answers, after: Answers, labels, judge: Judge, far: Sequence[bool]) -> str:

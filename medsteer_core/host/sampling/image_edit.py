@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...dataset.records import short_hash
 from ...errors import MedSteerError
-from ...pictures.own_pixels import Canvas, as_rgb, canvas_for, checked_images, edited, soft_mask
+from ...pictures.own_pixels import Canvas, as_rgb, canvas_for, checked_images, edited, soft_mask, without_ghosts
 from ..patching.native_size import draws_squares, native_side
 from .counterfactual import Pair, sample_pair
 from .image_run import ImageRun
@@ -59,10 +59,11 @@ def edit_images(
         raise MedSteerError(f"size is '{size}'; one of {', '.join(SIZES)} was expected.")
     real = checked_images(images)
     canvas = _canvas(model, vae, real, size)
-    latents = _encoded(model, vae, canvas.put(as_rgb(real)))
+    seen = canvas.put(as_rgb(real))
+    latents = _encoded(model, vae, seen)
     mask = None if request.mask is None else _mask_on(canvas, request.mask)
     pair = sample_pair(model, replace(request, latent={"samples": latents}, mask=mask), ImageRun)
-    difference = canvas.back(_difference(vae, pair, latents))
+    difference = canvas.back(_difference(vae, pair, latents, seen))
     share = None
     if request.mask is not None:  # as it was drawn, and not as whole latent pixels
         share = request.mask.reshape(-1, *real.shape[-2:]).float().cpu().clamp(0, 1).expand(len(real), -1, -1)
@@ -120,12 +121,17 @@ def _mask_on(canvas: Canvas, mask: Tensor) -> Tensor:
     return canvas.put(mask[:, None].float())[:, 0]
 
 
-def _difference(vae: Any, pair: Pair, latents: Tensor) -> Tensor:
-    """What the edits change in the decoded canvas ``(K * B, 3, H, W)``: exactly nothing where the latents are equal."""
+def _difference(vae: Any, pair: Pair, latents: Tensor, seen: Tensor) -> Tensor:
+    """What the edits change of the canvas ``seen``, as ``(K * B, 3, H, W)``: nothing where the latents are equal.
+
+    Under a lock the outlines of what is gone go with it.
+    """
     before = _decoded(vae, latents)
     parts = []
     for after in pair.counterfactual.split(len(latents)):
         change = _decoded(vae, after) - before
+        if pair.mask_source != OPEN:
+            change = without_ghosts(change, seen, before)
         same = (after == latents).flatten(1).all(1)
         change[same] = 0
         parts.append(change)

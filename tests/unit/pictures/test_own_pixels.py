@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medsteer_core.errors import MedSteerError
-from medsteer_core.pictures.own_pixels import as_rgb, canvas_for, checked_images, edited, soft_mask
+from medsteer_core.pictures.own_pixels import as_rgb, canvas_for, checked_images, edited, soft_mask, without_ghosts
 
 
 def test_an_image_of_the_models_size_is_its_own_canvas():
@@ -96,3 +96,18 @@ def test_alpha_stays_and_grey_gets_the_mean_of_the_difference():
 def test_what_is_no_image_is_refused(image, told):
     with pytest.raises(MedSteerError, match=told):
         checked_images(image)
+
+
+def test_fine_edges_that_the_autoencoder_missed_go_with_what_is_gone_and_stay_elsewhere():
+    before = torch.full((1, 3, 48, 48), 0.5)
+    image = before.clone()
+    image[..., 20:28, 24] = 0.9  # a fine edge on the finding
+    image[..., 20:28, 4] = 0.9  # and one far from it
+    difference = torch.zeros(1, 3, 48, 48)
+    difference[..., 16:32, 16:32] = -0.2
+    plain, clean = edited(image, difference), edited(image, without_ghosts(difference, image, before))
+    torch.testing.assert_close(plain[..., 24, 24], torch.full((1, 3), 0.7))
+    torch.testing.assert_close(clean[..., 24, 24], torch.full((1, 3), 0.3))
+    assert torch.equal(clean[..., :8], image[..., :8])
+    nothing = torch.zeros_like(difference)
+    assert torch.equal(without_ghosts(nothing, image, before), nothing)
