@@ -10,6 +10,8 @@ const MARGIN = 6;
 const FIRST_HEIGHT = 24; // pixels, until the text is drawn: at a low zoom the front end draws none
 const STYLE = "padding:4px 6px; font-size:12px; line-height:16px; white-space:pre-wrap; overflow-wrap:anywhere;";
 
+const isOurs = (node) => node?.comfyClass?.startsWith("MedSteer_") ?? false;
+
 function growToFit(node) {
   const [, needed] = node.computeSize();
   if (node.size[1] < needed) node.setSize([node.size[0], needed]);
@@ -51,6 +53,8 @@ function addNote(node) {
 function show(node, note) {
   const widget = node.widgets?.find((one) => one.name === NOTE) ?? addNote(node);
   widget.element.firstChild.textContent = note;
+  // On somebody else's node it comes unawares and may reach over the next one's title: legible there too.
+  if (!isOurs(node)) widget.element.style.background = "var(--comfy-menu-bg, #353535)";
   growToFit(node);
 }
 
@@ -68,8 +72,6 @@ function nodeOf(id) {
   for (const step of path.slice(0, -1)) graph = graph?.getNodeById(Number(step))?.subgraph;
   return graph?.getNodeById(Number(path.at(-1)));
 }
-
-const isOurs = (node) => node?.comfyClass?.startsWith("MedSteer_") ?? false;
 
 app.registerExtension({
   name: "medsteer.WhatARunLeaves",
