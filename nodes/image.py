@@ -8,11 +8,21 @@ from ..medsteer_core.host.canvas.notes import note
 from ..medsteer_core.host.sampling import runs as sampling
 from ..medsteer_core.host.sampling.counterfactual import multiples_of, strengths_problem
 from ..medsteer_core.host.sampling.image_edit import MODELS_SIZE, SIZES, edit_images
-from ..medsteer_core.host.sampling.pair_request import ALL, AUTOMATIC, COMPUTED, IN_MASK, LOCKS, PairRequest
+from ..medsteer_core.host.sampling.pair_request import ALL, AUTOMATIC, PairRequest
 from ..medsteer_core.steering.presets import CUSTOM
 from ..medsteer_core.steering.recipes import IMAGE_RECIPES
+from .lock_inputs import (
+    computed_tokens_input,
+    dilation_input,
+    lock_input,
+    mask_input,
+    smoothing_input,
+    start_input,
+    threshold_input,
+)
 from .prompts import prompt_text, steer_nodes
 from .recipe_input import recipe_input
+from .sampling_inputs import cfg_input, scheduler_input, steps_input
 from .types import CATEGORY, Record
 
 PROMPTS = ("positive", "negative", "counterfactual")
@@ -42,22 +52,9 @@ class CounterfactualOfImage(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The VAE that belongs to the model."),
                 io.Conditioning.Input("positive", tooltip="A prompt for what is in the image, the finding included."),
                 io.Conditioning.Input("negative", tooltip="The negative prompt, mostly empty."),
-                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Denoising steps; more take longer."),
-                io.Float.Input(
-                    "cfg",
-                    default=3.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="Higher changes more (classifier-free guidance scale).",
-                ),
-                io.Combo.Input(
-                    "scheduler",
-                    options=sampling.SCHEDULERS,
-                    default="normal",
-                    tooltip="As in KSampler: how the noise goes down from step to step.",
-                ),
+                steps_input("Denoising steps; more take longer."),
+                cfg_input(3.0, "Higher changes more (classifier-free guidance scale)."),
+                scheduler_input("As in KSampler: how the noise goes down from step to step."),
                 io.String.Input(
                     "strengths",
                     default="1",
@@ -66,54 +63,26 @@ class CounterfactualOfImage(io.ComfyNode):
                         "back."
                     ),
                 ),
-                io.Combo.Input(
-                    "lock",
-                    options=list(LOCKS),
-                    default=AUTOMATIC,
-                    tooltip=(
-                        "Keeps your own pixels outside the finding. none: the whole image may change. concept map: "
-                        "only where steering acts most. prediction difference: only where the two prompts' "
-                        "predictions differ most. automatic: the one that there is. A connected mask comes before all."
-                    ),
+                lock_input(
+                    AUTOMATIC,
+                    "Keeps your own pixels outside the finding. none: the whole image may change. concept map: "
+                    "only where steering acts most. prediction difference: only where the two prompts' "
+                    "predictions differ most. automatic: the one that there is. A connected mask comes before all.",
                 ),
-                io.Float.Input(
-                    "lock_threshold",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    advanced=True,
-                    tooltip=(
-                        "Lower lets more of the image change: from which share of the map's largest value on. 0: each "
-                        "image's own, where its map parts best (Otsu)."
-                    ),
+                threshold_input(
+                    0.0,
+                    "Lower lets more of the image change: from which share of the map's largest value on. 0: each "
+                    "image's own, where its map parts best (Otsu).",
                 ),
-                io.Int.Input(
-                    "lock_dilation",
-                    default=1,
-                    min=0,
-                    max=64,
-                    advanced=True,
-                    tooltip="Higher lets more of the image change: latent pixels by which the mask is grown.",
+                dilation_input("Higher lets more of the image change: latent pixels by which the mask is grown."),
+                smoothing_input(
+                    "Higher gives rounder masks: how often the map is smoothed before the threshold.", optional=False
                 ),
-                io.Int.Input(
-                    "lock_smoothing",
-                    default=0,
-                    min=0,
-                    max=16,
-                    advanced=True,
-                    tooltip="Higher gives rounder masks: how often the map is smoothed before the threshold.",
-                ),
-                io.Float.Input(
-                    "counterfactual_start",
-                    default=0.35,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip=(
-                        "Later keeps more of the image. Where the counterfactual prompt begins: 0 is pure noise, 1 "
-                        "the finished image. Steer has a window of its own."
-                    ),
+                start_input(
+                    0.35,
+                    "Later keeps more of the image. Where the counterfactual prompt begins: 0 is pure noise, 1 "
+                    "the finished image. Steer has a window of its own.",
+                    optional=False,
                 ),
                 io.Combo.Input(
                     "size",
@@ -125,26 +94,13 @@ class CounterfactualOfImage(io.ComfyNode):
                         "for, and the change scaled back. the image's: as it is."
                     ),
                 ),
-                io.Combo.Input(
-                    "computed_tokens",
-                    options=list(COMPUTED),
-                    default=IN_MASK,
-                    advanced=True,
-                    tooltip=(
-                        "in the mask: under a lock or mask only the tokens in the mask are computed, which is faster, "
-                        "where the model allows it (PixArt). all: every token."
-                    ),
-                ),
+                computed_tokens_input(optional=False),
                 io.Conditioning.Input(
                     "counterfactual",
                     optional=True,
                     tooltip="A prompt for what the image should show instead; with it no vector is needed.",
                 ),
-                io.Mask.Input(
-                    "mask",
-                    optional=True,
-                    tooltip="The image may change only where this is white. To add a finding in one place, give one.",
-                ),
+                mask_input(),
                 io.String.Input(
                     "group",
                     default="",
@@ -229,7 +185,6 @@ class CounterfactualOfImage(io.ComfyNode):
             smoothing=lock_smoothing,
             computed_tokens=computed_tokens,
             recipe=recipe,
-            recipes=IMAGE_RECIPES,
             steer_nodes=steer_nodes(cls.hidden.prompt, cls.hidden.unique_id),
             texts={name: prompt_text(cls.hidden.prompt, cls.hidden.unique_id, name) for name in PROMPTS},
         )

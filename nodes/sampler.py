@@ -7,9 +7,18 @@ from comfy_api.latest import io
 from ..medsteer_core.host.canvas.notes import note
 from ..medsteer_core.host.sampling import runs as sampling
 from ..medsteer_core.host.sampling.counterfactual import multiples_of, sample_pair, strengths_problem
-from ..medsteer_core.host.sampling.pair_request import ALL, COMPUTED, IN_MASK, LOCKS, PairRequest
+from ..medsteer_core.host.sampling.pair_request import ALL, PairRequest
 from ..medsteer_core.steering.presets import CUSTOM
-from ..medsteer_core.steering.recipes import OPEN, RECIPES
+from ..medsteer_core.steering.recipes import OPEN, SAMPLER_RECIPES
+from .lock_inputs import (
+    computed_tokens_input,
+    dilation_input,
+    lock_input,
+    mask_input,
+    smoothing_input,
+    start_input,
+    threshold_input,
+)
 from .prompts import asked_size, prompt_text, steer_nodes
 from .recipe_input import recipe_input
 from .sampling_inputs import sampling_inputs
@@ -57,47 +66,25 @@ class CounterfactualSampler(io.ComfyNode):
                         "three that share one factual."
                     ),
                 ),
-                io.Combo.Input(
-                    "lock",
-                    options=list(LOCKS),
-                    default=OPEN,
-                    tooltip=(
-                        "Keeps what lies outside the finding as it is. none: the whole image may change. concept map: "
-                        "only where steering acts most. prediction difference: only where the two prompts' "
-                        "predictions differ most. automatic: the one that there is. A connected mask comes before all."
-                    ),
+                lock_input(
+                    OPEN,
+                    "Keeps what lies outside the finding as it is. none: the whole image may change. concept map: "
+                    "only where steering acts most. prediction difference: only where the two prompts' "
+                    "predictions differ most. automatic: the one that there is. A connected mask comes before all.",
                 ),
-                io.Float.Input(
-                    "lock_threshold",
-                    default=0.2,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    advanced=True,
-                    tooltip=(
-                        "Lower lets more of the image change. For a lock by a map: the share of the map's largest "
-                        "value from which on a pixel may change; 0: each map's own, where it parts best (Otsu)."
-                    ),
+                threshold_input(
+                    0.2,
+                    "Lower lets more of the image change. For a lock by a map: the share of the map's largest "
+                    "value from which on a pixel may change; 0: each map's own, where it parts best (Otsu).",
                 ),
-                io.Int.Input(
-                    "lock_dilation",
-                    default=1,
-                    min=0,
-                    max=64,
-                    advanced=True,
-                    tooltip=(
-                        "Higher lets more of the image change. For a lock by a map: how many latent pixels the mask "
-                        "is grown by."
-                    ),
+                dilation_input(
+                    "Higher lets more of the image change. For a lock by a map: how many latent pixels the mask "
+                    "is grown by.",
                 ),
                 io.Sampler.Input("sampler", optional=True, tooltip="Takes the place of sampler_name."),
                 io.Sigmas.Input("sigmas", optional=True, tooltip="Takes the place of scheduler and steps."),
                 io.Noise.Input("noise", optional=True, tooltip="Takes the place of seed."),
-                io.Mask.Input(
-                    "mask",
-                    optional=True,
-                    tooltip="The image may change only where this is white. To add a finding in one place, give one.",
-                ),
+                mask_input(),
                 io.Conditioning.Input(
                     "counterfactual",
                     optional=True,
@@ -106,41 +93,18 @@ class CounterfactualSampler(io.ComfyNode):
                         "counterfactual_start on; the model need not be steered then, but may be."
                     ),
                 ),
-                io.Float.Input(
-                    "counterfactual_start",
-                    default=0.45,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
+                start_input(
+                    0.45,
+                    "Later keeps more of the image. Where the counterfactual prompt begins: 0 is pure noise, 1 "
+                    "the finished image.",
                     optional=True,
-                    tooltip=(
-                        "Later keeps more of the image. Where the counterfactual prompt begins: 0 is pure noise, 1 "
-                        "the finished image."
-                    ),
                 ),
-                io.Int.Input(
-                    "lock_smoothing",
-                    default=0,
-                    min=0,
-                    max=16,
+                smoothing_input(
+                    "Higher gives rounder masks. For a lock by a map: how often the map is smoothed before the "
+                    "threshold. 1 with threshold 0.3 gives masks of about the same size as 0 with 0.2.",
                     optional=True,
-                    advanced=True,
-                    tooltip=(
-                        "Higher gives rounder masks. For a lock by a map: how often the map is smoothed before the "
-                        "threshold. 1 with threshold 0.3 gives masks of about the same size as 0 with 0.2."
-                    ),
                 ),
-                io.Combo.Input(
-                    "computed_tokens",
-                    options=list(COMPUTED),
-                    default=IN_MASK,
-                    optional=True,
-                    advanced=True,
-                    tooltip=(
-                        "in the mask: under a lock or mask only the tokens in the mask are computed, which is faster, "
-                        "where the model allows it (PixArt). all: every token."
-                    ),
-                ),
+                computed_tokens_input(optional=True),
                 io.Float.Input(
                     "kept_memory",
                     default=0.0,
@@ -155,7 +119,7 @@ class CounterfactualSampler(io.ComfyNode):
                     ),
                 ),
                 recipe_input(
-                    {name: recipe.sampler for name, recipe in RECIPES.items()},
+                    SAMPLER_RECIPES,
                     "What should change. remove focal: a finding of one place, such as a polyp, goes. remove "
                     "diffuse: one of the whole wall, such as colitis, goes. add: one comes. Sets the lock and "
                     "counterfactual_start; choose the same in Steer. custom: the inputs count.",

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..medsteer_core.host.canvas.notes import note
 from ..medsteer_core.host.patching.steer import steer
 from ..medsteer_core.steering.presets import CUSTOM, PRESETS
-from ..medsteer_core.steering.recipes import RECIPES
+from ..medsteer_core.steering.recipes import STEER_RECIPES
 from ..medsteer_core.vectors.schedule import CONSTANT, CURVES
 from .recipe_input import recipe_input
 from .types import CATEGORY, Vector
@@ -195,7 +195,7 @@ class Steer(io.ComfyNode):
                     tooltip="Where to steer: white fully, black not at all. Any size; soft edges count in part.",
                 ),
                 recipe_input(
-                    {name: recipe.steer for name, recipe in RECIPES.items()},
+                    STEER_RECIPES,
                     "What should change. remove focal: a finding of one place, such as a polyp, goes. remove "
                     "diffuse: one of the whole wall, such as colitis, goes. add: one comes. Sets operator, "
                     "strength, focus, window and rows; choose the same in Counterfactual Sampler. custom: the "

@@ -15,13 +15,13 @@ MANY = 20  # of a kind, that are named
 def card(lines: Lines) -> str:
     """The text for these lines of metadata. Equal lines give an equal text."""
     kinds = [[*key, count] for key, count in sorted(_kinds(lines).items())]
-    real = sum(bool(line.get("factual_is_real")) for line in lines)
-    drawn = sum(1 for _ in lines) - real
-    origin = "\n\n".join(text for text, count in ((_DRAWN, drawn), (_REAL, real)) if count or not real and not drawn)
+    are_real = Counter(line["factual_is_real"] for line in lines)
+    real, count = are_real[True], are_real.total()
+    origins = [*([_DRAWN] if real < count or not count else []), *([_REAL.format(real=real)] if real else [])]
     return _CARD.format(
-        origin=origin.format(real=real),
-        source=_SOURCE if not real else _SOURCE_OF_REAL,
-        front=_front_matter(sum(1 for _ in lines)),
+        origin="\n\n".join(origins),
+        source=_SOURCE_OF_REAL if real else _SOURCE,
+        front=_front_matter(count),
         splits=_table(["split", "pairs", "noises"], [_split_row(lines, split) for split in SPLITS]),
         kinds=_table(["intended factual", "intended counterfactual", "arm", "pairs"], kinds),
         trained_on=sum(line["arm"] == COUNTERFACTUAL for line in lines),

@@ -73,8 +73,6 @@ def canvas_for(height: int, width: int, multiple: int, side: int | None = None, 
 
 def soft_mask(mask: Tensor, margin: int = SOFT) -> Tensor:
     """A mask ``(n, H, W)`` of 0 and 1 whose edge fades outside of it, to 0 at twice ``margin`` pixels from it."""
-    if margin < 1:
-        return mask.float()
     size = 2 * margin + 1
     grown = F.max_pool2d(mask[:, None].float(), size, stride=1, padding=margin)
     edged = F.pad(grown, (margin,) * 4, mode="replicate")

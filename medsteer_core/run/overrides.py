@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files.inside import shown
-from ..steering.recipes import IMAGE_RECIPES, RECIPES
+from ..steering.recipes import IMAGE_RECIPES, RECIPES, SAMPLER_RECIPES, STEER_RECIPES
 from .workflow import Workflow, WorkflowError, node_title
 
 SEEDS = ("seed", "noise_seed")
@@ -69,7 +69,7 @@ def with_recipe(workflow: Workflow, name: str | None) -> Workflow:
         return workflow
     if name not in RECIPES:
         raise OverrideError(f"there is no recipe '{shown(name)}'; one of {', '.join(RECIPES)} was expected.")
-    of_class = {STEER: RECIPES[name].steer, PAIR_SAMPLER: RECIPES[name].sampler, OF_IMAGE: IMAGE_RECIPES[name]}
+    of_class = {STEER: STEER_RECIPES[name], PAIR_SAMPLER: SAMPLER_RECIPES[name], OF_IMAGE: IMAGE_RECIPES[name]}
     copy = json.loads(json.dumps(workflow))
     nodes = {i: node for i, node in copy.items() if node["class_type"] in of_class}
     if not nodes:

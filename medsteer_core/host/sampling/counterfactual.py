@@ -17,12 +17,13 @@ from torch import Tensor
 
 from ...errors import MedSteerError
 from ...steering.plan import SteeringPlan
-from ...steering.token_map import mask_for_latent, smoothed, threshold_mask, thresholds
+from ...steering.token_map import mask_for_latent, smoothed, threshold_mask
 from ..patching.checks import check_reachable
 from ..patching.finite import is_finite, model_not_finite
 from ..patching.levels import on_schedule
 from ..patching.native_size import about_size, pixels_of
 from ..patching.patch import plan_of
+from .image_run import ImageRun
 from .pair_doubts import doubts_of, unchanged
 from .pair_record import lock_of, records_of
 from .pair_request import AUTOMATIC, CONCEPT, LOCKS, OPEN, PREDICTION, USER, PairRequest
@@ -80,12 +81,11 @@ def strengths_problem(text: str) -> str:
     return ""
 
 
-def sample_pair(model: ModelPatcher, request: PairRequest, start: type[PairRun] = PairRun) -> Pair:
+def sample_pair(model: ModelPatcher, request: PairRequest) -> Pair:
     """Factual and counterfactual latents of a steered MODEL, or of another prompt, or both (see PairRequest and Pair).
 
-    ``start``: where the factual comes from: noise, or with `ImageRun` the request's latents themselves. Raises
-    MedSteerError where there is neither, for samplers whose calls can't be answered from a record, and for masks that
-    don't fit.
+    Raises MedSteerError where there is neither, for samplers whose calls can't be answered from a record, and for
+    masks that don't fit.
     """
     plan = on_schedule(plan_of(model), model)
     doubts = doubts_of(plan, request)
@@ -95,7 +95,7 @@ def sample_pair(model: ModelPatcher, request: PairRequest, start: type[PairRun] 
     plans = [plan.scaled(multiple) for multiple in request.multiples]
     for part in plans:
         check_reachable(part, request.schedule.sigmas, {"positive": None, "negative": None})
-    run = start(model, plan, request, len(plans))
+    run = (ImageRun if request.real else PairRun)(model, plan, request, len(plans))
     given = _given_mask(run)
     factual, changes = run.factual(keep_parts=request.lock == PREDICTION)
     if not is_finite(factual):
@@ -112,11 +112,8 @@ def sample_pair(model: ModelPatcher, request: PairRequest, start: type[PairRun] 
             "at the counterfactual prompt."
         )
     images = len(run.latents)
-    limits = [] if shown is None else thresholds(shown, request.threshold).tolist()
-    lock = lock_of(request, allowed, source, images, limits)
+    lock = lock_of(request, allowed, source, images, shown)
     records = records_of(model, plan, request, run.latents, run.noise, lock, run.computed)
-    for record in records:
-        record["made"] |= run.facts
     doubts += about_size(model, run.latents.shape, request.asked_size)
     doubts += unchanged(factual, counterfactual, records)
     mask = torch.ones(images, *run.size) if allowed is None else allowed.float()
@@ -188,6 +185,7 @@ def _allowed(run: PairRun, given: Tensor | None, shown: Tensor | None) -> tuple[
 def _in_words(run: PairRun, source: str, share: float) -> str:
     request, images = run.request, len(run.latents)
     seed, schedule = getattr(request.noise, "seed", request.seed), request.schedule
+    origin = "of a real image" if request.real else f"seed {seed}, {schedule.sampler_name}"
     times = ", ".join(f"{multiple:g}" for multiple in request.multiples)
     operators = ", ".join(steering.operator.name for steering in run.plan.steerings)
     ways = [f"{operators}; strength x {times}"] if operators else []
@@ -197,7 +195,7 @@ def _in_words(run: PairRun, source: str, share: float) -> str:
     lines = [
         f"{images} factual, {images * len(request.multiples)} counterfactual ({'; '.join(ways) or 'the same prompt'})",
         f"{' x '.join(str(side) for side in pixels_of(run.model, run.latents.shape)[::-1])} pixels, "
-        f"{run.origin or f'seed {seed}, {schedule.sampler_name}'}, {schedule.steps} steps, cfg {request.cfg:g}",
+        f"{origin}, {schedule.steps} steps, cfg {request.cfg:g}",
         f"mask_source: {source}" + ("" if source == OPEN else f", {share:.0%} of the image may change"),
         cost,
     ]

@@ -11,13 +11,11 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...dataset.records import short_hash
 from ...errors import MedSteerError
 from ...pictures.own_pixels import Canvas, as_rgb, canvas_for, checked_images, edited, soft_mask, without_ghosts
 from ..patching.native_size import draws_squares, native_side
 from .counterfactual import Pair, sample_pair
-from .image_run import ImageRun
-from .pair_request import OPEN, PairRequest
+from .pair_request import OPEN, PairRequest, RealFactual
 
 MODELS_SIZE, OWN_SIZE = "the model's", "the image's"
 SIZES = (MODELS_SIZE, OWN_SIZE)
@@ -58,11 +56,14 @@ def edit_images(
     if size not in SIZES:
         raise MedSteerError(f"size is '{size}'; one of {', '.join(SIZES)} was expected.")
     real = checked_images(images)
-    canvas = _canvas(model, vae, real, size)
+    groups = _groups(group, len(real))
+    canvas = _canvas(model, real, size)
     seen = canvas.put(as_rgb(real))
     latents = _encoded(model, vae, seen)
     mask = None if request.mask is None else _mask_on(canvas, request.mask)
-    pair = sample_pair(model, replace(request, latent={"samples": latents}, mask=mask), ImageRun)
+    seen_at = None if canvas.is_own_size else (canvas.rows, canvas.columns)
+    told = [RealFactual(image_hash(image), own, seen_at) for image, own in zip(real, groups, strict=True)]
+    pair = sample_pair(model, replace(request, latent={"samples": latents}, mask=mask, real=told))
     difference = canvas.back(_difference(vae, pair, latents, seen))
     share = None
     if request.mask is not None:  # as it was drawn, and not as whole latent pixels
@@ -71,16 +72,13 @@ def edit_images(
         share = canvas.back(soft_mask(pair.mask)[:, None])[:, 0].clamp(0, 1)
     times = len(pair.counterfactual) // len(real)
     changed = edited(real.repeat(times, 1, 1, 1), difference, None if share is None else share.repeat(times, 1, 1))
-    groups = _groups(group, len(real))
-    for record, image, own in zip(pair.records, list(real) * times, groups * times, strict=True):
-        _tell_image(record, image, canvas, own)
     return ImagePair(
         factual=images,
         counterfactual=changed.movedim(1, -1),
         concept_map=canvas.back(pair.concept_map[:, None])[:, 0].clamp(0, 1),
         mask=torch.ones(len(real), *real.shape[-2:]) if share is None else (share > 0).float(),
         pair=pair,
-        summary="\n".join([pair.summary, *_about(canvas, real)]),
+        summary="\n".join([pair.summary, *_about(canvas)]),
     )
 
 
@@ -91,7 +89,7 @@ def image_hash(image: Tensor) -> str:
     return hashlib.sha256(f"{tuple(image.shape)} ".encode() + levels.numpy().tobytes()).hexdigest()[:16]
 
 
-def _canvas(model: ModelPatcher, vae: Any, real: Tensor, size: str) -> Canvas:
+def _canvas(model: ModelPatcher, real: Tensor, size: str) -> Canvas:
     side = native_side(model) if size == MODELS_SIZE else None
     ratio = model.get_model_object("latent_format").spacial_downscale_ratio
     return canvas_for(*real.shape[-2:], ratio, side, side is not None and draws_squares(model))
@@ -152,21 +150,7 @@ def _groups(text: str, images: int) -> list[str]:
     return lines * images if len(lines) == 1 else lines
 
 
-# What makes a pair from noise again, and says nothing of one from an image.
-_OF_NOISE = ("seed", "batch_index", "noise", "starting_latent", "images_at_once")
-
-
-def _tell_image(record: dict[str, Any], image: Tensor, canvas: Canvas, group: str) -> None:
-    made = record["made"]
-    for name in _OF_NOISE:
-        made.pop(name, None)
-    made["image"] = image_hash(image)
-    record["group_id"] = record["noise_id"] = short_hash({"group": group} if group else {"image": made["image"]})
-    if not canvas.is_own_size:
-        made["seen_at"] = [canvas.rows, canvas.columns]
-
-
-def _about(canvas: Canvas, real: Tensor) -> Sequence[str]:
+def _about(canvas: Canvas) -> Sequence[str]:
     told = [f"real image: {canvas.width} x {canvas.height} pixels, its own outside the mask"]
     if not canvas.is_own_size:
         told.append(f"seen by the model at {canvas.columns} x {canvas.rows}; the difference is brought back")

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import comfy.model_management
-import comfy.model_sampling
 import comfy.samplers
 import torch
 from torch import Tensor
@@ -51,21 +50,20 @@ class Beside(comfy.samplers.Sampler):
     def __init__(self, states: Sequence[Tensor], answers: Sequence[Tensor] | None = None):
         self.states, self.answers = states, answers
 
-    def weights(self, sigma: float, after: float, flow: bool) -> tuple[float, float]:
-        """What a step from one noise level to the next keeps of the edit, and how much of the answers' difference comes
-        in: Euler's step, for ``flow`` models and others alike."""
-        return after / sigma, 1 - after / sigma
+    def kept(self, sigma: float, after: float) -> float:
+        """What a step from one noise level to the next keeps of the edit; the rest is the answers' difference. Euler's
+        step, for flow models and others alike."""
+        return after / sigma
 
     def sample(self, model_wrap: Any, sigmas: Tensor, extra_args: dict, callback, noise, latent_image, *args, **kwargs):
         """As `comfy.samplers.KSAMPLER.sample`, from ``latent_image`` and without ``noise``."""
         edit, steps = torch.zeros_like(latent_image), len(sigmas) - 1
-        flow = isinstance(model_wrap.inner_model.model_sampling, comfy.model_sampling.CONST)
         for step, (sigma, after) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
             state = self.states[step] + edit
             denoised = model_wrap(state, sigma * state.new_ones(len(state)), **extra_args)
             if self.answers is not None:
-                kept, comes = self.weights(float(sigma), float(after), flow)
-                edit = kept * edit + comes * (denoised - self.answers[step])
+                kept = self.kept(float(sigma), float(after))
+                edit = kept * edit + (1 - kept) * (denoised - self.answers[step])
             if callback is not None:
                 callback(step, latent_image + edit, state, steps)
         return latent_image + edit

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
@@ -23,17 +21,12 @@ class ImageRun(PairRun):
     counterfactual begins down, what the model says of them (the record), and edits that are carried beside them.
     """
 
-    origin = "of a real image"
     beside, map_calls = Beside, 6
 
     def __init__(self, model: ModelPatcher, plan: SteeringPlan, request: PairRequest, counterfactuals: int):
         super().__init__(model, plan, request, counterfactuals)
         if not self.is_image:
             raise MedSteerError("Real images are edited by image models; this one makes videos. Load an image model.")
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        return {"factual": "real image", "sampler": "difference"}
 
     @property
     def _levels(self) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...endophantom.text import about_ignored
 from ...steering.plan import SteeringPlan
 from ...steering.presets import CUSTOM
-from ...steering.recipes import apart
+from ...steering.recipes import IMAGE_RECIPES, SAMPLER_RECIPES, apart
 from .contexts import ignored_words
 from .pair_request import PairRequest
 
@@ -28,7 +28,7 @@ def doubts_of(plan: SteeringPlan, request: PairRequest) -> list[str]:
     }  # fmt: skip
     others = {steering.recipe for steering in plan.steerings} - {CUSTOM, mine}
     unknown = about_ignored(ignored_words(request.positive, request.negative, request.counterfactual or []))
-    told = [apart(mine, inputs, request.recipes), unknown and f"Warning: {unknown}"]
+    told = [apart(mine, inputs, IMAGE_RECIPES if request.real else SAMPLER_RECIPES), unknown and f"Warning: {unknown}"]
     if mine != CUSTOM and others:
         told.append(f"Warning: recipe says '{mine}' here and '{min(others)}' at Steer. Choose the same in both.")
     if request.steer_nodes > len(plan.steerings):

@@ -14,15 +14,15 @@ from comfy.model_patcher import ModelPatcher
 from comfy_extras.nodes_custom_sampler import Noise_RandomNoise
 from torch import Tensor
 
-from ...dataset.records import short_hash
+from ...dataset.records import REAL, short_hash
 from ...steering.plan import Steering, SteeringPlan
-from ...steering.token_map import OWN_THRESHOLD
+from ...steering.token_map import OWN_THRESHOLD, otsu_thresholds
 from ...vectors.pathology_vector import PathologyVector
 from ...vectors.recipe import recipe
 from ..patching.fingerprint import fingerprint
 from ..patching.patch import KEY
 from .contexts import prompt_of, same_prompt
-from .pair_request import PairRequest
+from .pair_request import PairRequest, RealFactual
 from .run_facts import Indescribable, plain
 
 BY_SEED = "seed"
@@ -63,20 +63,17 @@ _Lock = Sequence[Mapping[str, Any]]
 
 
 def lock_of(
-    request: PairRequest, allowed: Tensor | None, source: str, images: int, limits: Sequence[float]
+    request: PairRequest, allowed: Tensor | None, source: str, images: int, maps: Tensor | None
 ) -> list[dict[str, Any]]:
-    """How each image was locked. A mask that was drawn is told by its hash, one of a map by its rule.
-
-    ``limits``: each map's threshold, where there are maps.
-    """
+    """How each image was locked. A mask that was drawn is told by its hash, one of the ``maps`` by its rule."""
     if allowed is None:
         return [{"mask_source": source}] * images
     if request.mask is None:
         rule = {"mask_source": source, "threshold": request.threshold, "dilation": request.dilation}
         rule |= {"smoothing": request.smoothing} if request.smoothing else {}
-        if request.threshold != OWN_THRESHOLD or not limits:
+        if request.threshold != OWN_THRESHOLD or maps is None:
             return [rule] * images
-        return [{**rule, "threshold": round(limit, 4), "rule": "otsu"} for limit in limits]
+        return [{**rule, "threshold": round(limit, 4), "rule": "otsu"} for limit in otsu_thresholds(maps).tolist()]
     return [{"mask_source": source, "mask": tensor_hash(mask)} for mask in allowed]
 
 
@@ -117,6 +114,8 @@ def _of_image(
 ) -> tuple[dict[str, str], dict[str, Any]]:
     """One image's ids of what it shares, and its own part of how it was made."""
     shape = [1, *latents.shape[1:]]
+    if request.real:
+        return _of_real(request.real[index], shape)
     listed = request.latent.get("batch_index")
     number = int(listed[index]) if listed is not None else index
     source = request.noise
@@ -140,6 +139,14 @@ def _of_image(
     # Pairs from one image belong together even more than those from one noise; without noise there is only the image.
     group_id = short_hash({"starting_latent": made["starting_latent"]})
     return {"group_id": group_id, "noise_id": noise_id if torch.count_nonzero(noise[index]) else group_id}, made
+
+
+def _of_real(real: RealFactual, shape: list[int]) -> tuple[dict[str, str], dict[str, Any]]:
+    """The same of a real image, which neither noise nor its latents' last bits tell from others."""
+    own = short_hash({"group": real.group} if real.group else {"image": real.image})
+    seen = {} if real.seen_at is None else {"seen_at": list(real.seen_at)}
+    made = {"factual": REAL, "image": real.image, "latent_shape": shape, "sampler": "difference", **seen}
+    return {"group_id": own, "noise_id": own}, made
 
 
 def _by_batch(request: PairRequest, latent: Tensor, has_indices: bool) -> bool:

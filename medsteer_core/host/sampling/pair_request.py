@@ -9,13 +9,23 @@ from typing import Any
 from torch import Tensor
 
 from ...steering.presets import CUSTOM
-from ...steering.recipes import AUTOMATIC, CONCEPT, OPEN, PREDICTION, SAMPLER_RECIPES
+from ...steering.recipes import AUTOMATIC, CONCEPT, OPEN, PREDICTION
 from .runs import Schedule
 
 USER = "user"  # where a mask comes from that was connected
 LOCKS = (OPEN, CONCEPT, PREDICTION, AUTOMATIC)
 ALL, IN_MASK = "all", "in the mask"
 COMPUTED = (IN_MASK, ALL)
+
+
+@dataclass(frozen=True)
+class RealFactual:
+    """A factual that is a real image: a hash of it, the group that it belongs to ("": none was named), and the height
+    and width at which the model sees it, where these are not its own."""
+
+    image: str
+    group: str = ""
+    seen_at: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,10 +37,11 @@ class PairRequest:
     mask: (1 or B, H, W), where the image may change, before `lock`; threshold, dilation: for the locks by a map, the
     share of the map's largest value, and latent pixels; smoothing: how often the map is smoothed before
     lock: one of `LOCKS`; automatic is the concept map of a steered model, else the difference of the predictions
-    recipe: by whose name the values were set, if by any; recipes: the node's (see steering/recipes.py)
+    recipe: by whose name the values were set, if by any (see steering/recipes.py)
     computed_tokens: `ALL`, or `IN_MASK`: those of the mask alone where the model allows it; kept_gigabytes: what the
     factual run may keep for that, 0 for half of what is free
     counterfactual: a CONDITIONING that takes the positive's place from ``start_percent`` of the denoising on
+    real: what the factuals are where the latents are those of real images, one for each; none where they are drawn
     """
 
     positive: list
@@ -52,6 +63,6 @@ class PairRequest:
     computed_tokens: str = ALL
     kept_gigabytes: float = 0.0
     recipe: str = CUSTOM
-    recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: SAMPLER_RECIPES)
+    real: Sequence[RealFactual] = ()
     steer_nodes: int = 0  # in the graph before the model, where that is known
     asked_size: tuple[int, int] | None = None  # height and width in pixels that the graph asks for, where known

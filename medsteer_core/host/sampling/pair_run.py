@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import comfy.model_management
 import comfy.sample
@@ -36,16 +35,10 @@ MAP_FROM = 0.25  # of the window's calls, the share before the compared ones: th
 class PairRun:
     """One node run: its latents and noise as the model wants them, and the runs that are made of them.
 
-    ``cost``: what was computed so far, in runs of the factual images alone. ``origin``: what the factual comes from, in
-    words, where not from noise; ``facts``: what the pairs' records say of that.
+    ``cost``: what was computed so far, in runs of the factual images alone.
     """
 
-    origin = ""
     map_calls = 3  # of the window's calls, those at which two prompts' predictions are compared
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        return {}
 
     def __init__(self, model: ModelPatcher, plan: SteeringPlan, request: PairRequest, counterfactuals: int):
         latent = request.latent
