@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.shared.command import as_saved
 from medsteer_core.endophantom.judges import resize
 from medsteer_core.endophantom.phantom import CLASSES, Anatomy, render
 from medsteer_core.files.whole_file import write_whole
@@ -59,7 +60,7 @@ class Generated:
 
 def small(images: Tensor) -> Tensor:
     """Images ``(n, 3, H, W)`` in 0..1 as a detector's pixels."""
-    saved = (images.clamp(0, 1) * 255).round() / 255
+    saved = as_saved(images)
     return (resize(saved) * 255).round().to(torch.uint8)
 
 

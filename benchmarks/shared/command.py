@@ -37,6 +37,11 @@ def tensor(pixels) -> Tensor:
     return torch.from_numpy(pixels).movedim(-1, 1).float() / 255
 
 
+def as_saved(images: Tensor) -> Tensor:
+    """Images in 0..1 rounded to the 8 bits of a saved PNG."""
+    return (images.clamp(0, 1) * 255).round() / 255
+
+
 def with_interval(value: float | None, interval: list[float] | None) -> str:
     return "-" if value is None else f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
 

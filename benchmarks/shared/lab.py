@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.shared.command import as_saved
 from medsteer_core.run.server import comfyui_from_environment
 
 SIDE = 128
@@ -104,7 +105,7 @@ class Lab:
     def images(self, latents: Tensor) -> Tensor:
         """Decoded images ``(n, 3, H, W)``, rounded to 8 bits as a saved PNG is."""
         decoded = torch.cat([self.vae.decode(part) for part in latents.split(BATCH)])
-        return (decoded[..., :3].movedim(-1, 1).clamp(0, 1) * 255).round() / 255
+        return as_saved(decoded[..., :3].movedim(-1, 1))
 
     def extract(self, present: str, absent: str, samples: int = 16, seed: int = 1000, noise: str = "paired") -> Any:
         """A pathology vector between two classes."""
