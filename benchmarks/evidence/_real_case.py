@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ class Case:
         drawn = true_pairs(pair.source, pair.target, n, seed)
         self.lab, self.pair, self.image, self.truth = lab, pair, change(drawn.image), change(drawn.truth)
         self.outside = F.max_pool2d(drawn.mask[:, None], 2 * AROUND + 1, 1, AROUND)[:, 0] == 0
+        self.mask = drawn.mask
         self.latents = torch.cat([lab.vae.encode(part.movedim(1, -1)) for part in self.image.split(20)])
         self._decoded = self._pixels(self.latents)
 
@@ -42,6 +44,12 @@ class Case:
         """The images as methods take them, free to change."""
         free = torch.ones(len(self.latents), *self.latents.shape[-2:], dtype=torch.bool)
         return Real(self.pair, self.latents, free)
+
+    def masked(self) -> Real:
+        """The same under a user's mask: the true change, on the latents' grid and a pixel of it wider."""
+        real = self.real()
+        side = self.mask.shape[-1] // real.latents.shape[-1]
+        return replace(real, allowed=F.max_pool2d(self.mask[:, None], 3 * side, side, side)[:, 0] > 0, drawn=True)
 
     def edited(self, latents: Tensor, locked: bool) -> Tensor:
         """The images with what an edit of their latents changes, in 8 bits as they are saved; as the node does it."""

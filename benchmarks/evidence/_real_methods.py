@@ -29,6 +29,7 @@ class Real:
     latents: Tensor
     allowed: Tensor
     first: int = 0  # number of the first image
+    drawn: bool = False  # whether a user's mask says where, which comes before a method's own lock
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,8 @@ class Methods:
         run = self._image_run(kind, real, way, prompt, model)
         run.factual(keep_parts=prompt)
         plan = on_schedule(plan_of(model or self.lab.model), model or self.lab.model)
-        allowed = None if way.lock == OPEN else own_lock(run) if kind == "ours" and prompt else real.allowed
+        own = kind == "ours" and prompt and not real.drawn
+        allowed = None if way.lock == OPEN else own_lock(run) if own else real.allowed
         latents = run.counterfactual(plan, allowed)
         self.rows = run.cost * STEPS * 2
         return latents
@@ -174,6 +176,7 @@ class Methods:
         return composite(real, latents, way.lock)
 
 
+CFGS = {"removing": (2.0, 3.0), "adding": (3.0, 4.0)}
 BASELINES = ("sdedit", "ddim_inversion", "flowedit", "edit_friendly")
 OURS = ("ours_prompt", "ours_vector", "ours_both")
 VALUES: Mapping[str, tuple[float, ...]] = {
@@ -181,7 +184,7 @@ VALUES: Mapping[str, tuple[float, ...]] = {
     "ddim_inversion": (0.4, 0.6),
     "flowedit": (0.35, 0.5),
     "edit_friendly": (0.4, 0.5, 0.6),
-    "ours_prompt": (0.35, 0.45),
+    "ours_prompt": (0.25, 0.35, 0.45),
     "ours_vector": (1.0, 1.5),
     "ours_both": (0.5, 1.0),
 }
@@ -192,9 +195,9 @@ def ways(name: str, pair: Pair, free: bool = False) -> list[Way]:
     no lock."""
     changes: list[dict[str, Any]] = [{}]
     if name == "ours_prompt":
-        changes = [{"cfg": 2.0}, {"cfg": 3.0}]
+        changes = [{"cfg": cfg} for cfg in CFGS[pair.kind]]
     elif name in OURS:
-        changes = [{"cfg": 2.0, "start": 0.35}]
+        changes = [{"cfg": CFGS[pair.kind][0], "start": 0.35}]
     locks = (OPEN,) if pair.diffuse else (LOCK, OPEN) if free else (LOCK,)
     return [Way(value, lock, change) for value in VALUES[name] for lock in locks for change in changes]
 

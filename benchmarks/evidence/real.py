@@ -2,8 +2,9 @@
 
 The images are phantoms that no training, judge or extraction saw, so that the same scene can be drawn as the other
 class: the truth. Every method gives the change of the latents, which is decoded and added to the image's own pixels;
-every method is offered the same lock. Settings are chosen on development scenes by one rule (`--sweep`): of those that
-flip at least 0.9 the nearest to the truth. They are in `CHOSEN`; what is reported is of test scenes.
+every method is offered the same lock: where a finding is to come, a user's mask. Settings are chosen on development
+scenes by one rule (`--sweep`): of those that flip at least 0.9 the nearest to the truth. They are in `CHOSEN`; what is
+reported is of test scenes.
 
     python dev.py bench real --n 200
     python dev.py bench real --split development --sweep --n 24
@@ -76,8 +77,8 @@ def run(chosen: argparse.Namespace) -> tuple[dict[str, Any], Tensor]:
         if chosen.pairs and pair.name not in chosen.pairs:
             continue
         case = Case(lab, pair, chosen.n, SEEDS[chosen.split])
-        real = case.real()
-        if not pair.diffuse:
+        real = case.masked() if pair.kind == "adding" else case.real()
+        if not real.drawn and not pair.diffuse:
             real = replace(real, allowed=methods.lock_of(real))
         rows, shown = {}, {}
         rows["nothing"] = row_of(case.scores(case.image), 0, 0)

@@ -190,7 +190,7 @@ def _in_words(run: PairRun, source: str, share: float) -> str:
     operators = ", ".join(steering.operator.name for steering in run.plan.steerings)
     ways = [f"{operators}; strength x {times}"] if operators else []
     if run.takes_over is not None:
-        ways.append(f"another prompt from {request.start_percent:g} on")
+        ways.append(f"the counterfactual prompt from counterfactual_start {request.start_percent:g} on")
     cost = f"cost: {run.cost:.2f} times one image" + (f", {run.tokens}" if run.tokens else "")
     lines = [
         f"{images} factual, {images * len(request.multiples)} counterfactual ({'; '.join(ways) or 'the same prompt'})",

@@ -48,8 +48,8 @@ def extract(model: ModelPatcher, request: Request, tell: Callable[[str], None] =
     With noise ``same state`` by regression instead (affine.py): ``samples`` images in all, half of each prompt, and at
     every state of theirs the other prompt is evaluated too.
 
-    Progress counts samples x steps. What is in ``request.store`` is not sampled again, and what was sampled is kept
-    there, also of an extraction that was stopped; ``tell`` hears what came from there.
+    Progress counts samples x steps, and the fit after them. What is in ``request.store`` is not sampled again, and what
+    was sampled is kept there, also of an extraction that was stopped; ``tell`` hears what came from there.
     """
     if request.noise not in (PAIRED, UNPAIRED, SAME_STATE):
         raise MedSteerError(f"noise is '{request.noise}'; 'paired', 'unpaired' or 'same state' was expected.")

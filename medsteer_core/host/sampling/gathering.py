@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
+from math import ceil
 from typing import Any
 
 import comfy.utils
@@ -23,6 +24,7 @@ from .extraction_request import SAME_STATE, Request
 from .run_facts import Indescribable, model_facts, plain, schedule_facts
 
 FIRST = 2  # images of the first run
+FIT = 0.05  # of the bar, for the fit after the samples
 SEEDS = (1 << 64) - 1  # stochastic samplers on the CPU add 1, and torch takes nothing from 2**64 on
 
 
@@ -142,10 +144,10 @@ def _batches(images: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 
 
 class _Progress:
-    """One progress bar with previews for the whole extraction."""
+    """One progress bar with previews for the whole extraction; it is full only when the node is done."""
 
     def __init__(self, model: ModelPatcher, total: int):
-        self._bar = comfy.utils.ProgressBar(total)
+        self._bar = comfy.utils.ProgressBar(total + ceil(total * FIT))
         self._previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
 
     def skip(self, steps: int) -> None:

@@ -194,7 +194,7 @@ def test_identical_prompts_are_refused(pixart):
 # Progress and cancelling
 
 
-def test_progress_counts_samples_times_steps(pixart, monkeypatch):
+def test_progress_counts_samples_times_steps_and_leaves_room_for_the_fit(pixart, monkeypatch):
     seen = []
     monkeypatch.setattr(
         comfy.utils.ProgressBar, "__init__", lambda bar, total: bar.__dict__.update(current=0, all=total)
@@ -206,7 +206,7 @@ def test_progress_counts_samples_times_steps(pixart, monkeypatch):
         seen.append((value, bar.all))
 
     extract(pixart, samples=3, steps=4)
-    assert seen == [(value, 12) for value in (2, 4, 6, 8, 9, 10, 11, 12)]
+    assert seen == [(value, 13) for value in (2, 4, 6, 8, 9, 10, 11, 12)]
 
 
 def test_cancelling_in_the_middle_leaves_no_hooks(pixart, monkeypatch):

@@ -57,7 +57,7 @@ def test_it_is_a_switch_of_the_prompt_at_the_windows_start(pixart):
     assert torch.equal(pair.factual, separate(pixart))
     torch.testing.assert_close(pair.counterfactual, switched(pixart, tiny.cond(3)), rtol=1e-3, atol=1e-3)
     assert (pair.counterfactual - pair.factual).abs().mean() > 1e-2
-    assert "another prompt from 0.5 on" in pair.summary
+    assert "the counterfactual prompt from counterfactual_start 0.5 on" in pair.summary
 
 
 @pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m", "dpmpp_2m_sde", "uni_pc", "lcm", "euler_ancestral"])
@@ -99,7 +99,7 @@ def test_steering_may_act_too(pixart):
     named = tiny.steered(pixart, tiny.vector(pixart), operator="suppress", strength=2.0, start=0.6, rows="positive")
     late = sample_pair(named, request(named))  # after the takeover the other prompt's rows are the positive ones
     assert (late.counterfactual - prompt.counterfactual).abs().mean() > 1e-2
-    assert "strength x 1; another prompt" in late.summary
+    assert "strength x 1; the counterfactual prompt" in late.summary
 
 
 def test_the_tokens_of_its_mask_will_do(pixart):
