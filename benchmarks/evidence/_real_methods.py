@@ -177,16 +177,17 @@ class Methods:
 
 
 CFGS = {"removing": (2.0, 3.0), "adding": (3.0, 4.0)}
+STARTS = (0.25, 0.35)
 BASELINES = ("sdedit", "ddim_inversion", "flowedit", "edit_friendly")
 OURS = ("ours_prompt", "ours_vector", "ours_both")
 VALUES: Mapping[str, tuple[float, ...]] = {
     "sdedit": (0.3, 0.4, 0.5),
     "ddim_inversion": (0.4, 0.6),
-    "flowedit": (0.35, 0.5),
-    "edit_friendly": (0.4, 0.5, 0.6),
-    "ours_prompt": (0.25, 0.35, 0.45),
+    "flowedit": (0.15, 0.25, 0.35, 0.5),
+    "edit_friendly": (0.3, 0.4, 0.5, 0.6),
+    "ours_prompt": (0.15, 0.25, 0.35, 0.45),
     "ours_vector": (1.0, 1.5),
-    "ours_both": (0.5, 1.0),
+    "ours_both": (0.5, 1.0, 1.5),
 }
 
 
@@ -197,7 +198,7 @@ def ways(name: str, pair: Pair, free: bool = False) -> list[Way]:
     if name == "ours_prompt":
         changes = [{"cfg": cfg} for cfg in CFGS[pair.kind]]
     elif name in OURS:
-        changes = [{"cfg": CFGS[pair.kind][0], "start": 0.35}]
+        changes = [{"cfg": CFGS[pair.kind][0], "start": start} for start in STARTS]
     locks = (OPEN,) if pair.diffuse else (LOCK, OPEN) if free else (LOCK,)
     return [Way(value, lock, change) for value in VALUES[name] for lock in locks for change in changes]
 
@@ -208,12 +209,12 @@ def label_of(name: str, way: Way) -> str:
     return " ".join([name, f"{way.value:g}", *more, way.lock])
 
 
-_FOCAL = {"cfg": 2.0}
+_LOW = {"cfg": 2.0}
 # By the rule of `bench real --sweep`, of 24 development scenes each; ours is the recipe's where the node has one.
 CHOSEN: Mapping[str, Mapping[str, Way]] = {
     "polyps -> normal cecum": {
         "ours_prompt": Way(0.35, changes={"cfg": 3.0}),
-        "ours_both": Way(0.5, changes={**_FOCAL, "start": 0.35}),
+        "ours_both": Way(0.5, changes={**_LOW, "start": 0.35}),
         "sdedit": Way(0.5),
         "ddim_inversion": Way(0.6),
         "flowedit": Way(0.35),
@@ -221,26 +222,34 @@ CHOSEN: Mapping[str, Mapping[str, Way]] = {
     },
     "esophagitis -> normal z-line": {
         "ours_prompt": Way(0.35, changes={"cfg": 3.0}),
-        "ours_both": Way(0.5, changes={**_FOCAL, "start": 0.35}),
+        "ours_both": Way(0.5, changes={**_LOW, "start": 0.35}),
         "sdedit": Way(0.4),
         "ddim_inversion": Way(0.6),
         "flowedit": Way(0.35),
         "edit_friendly": Way(0.5),
     },
     "dyed lifted polyps -> polyps": {
-        "ours_prompt": Way(0.35, changes=_FOCAL),
-        "ours_both": Way(0.5, changes={**_FOCAL, "start": 0.35}),
+        "ours_prompt": Way(0.35, changes=_LOW),
+        "ours_both": Way(0.5, changes={**_LOW, "start": 0.35}),
         "sdedit": Way(0.4),
         "ddim_inversion": Way(0.4),
         "flowedit": Way(0.5),
         "edit_friendly": Way(0.5),
     },
+    "ulcerative colitis -> normal cecum": {
+        "ours_prompt": Way(0.25, OPEN, _LOW),
+        "ours_both": Way(0.5, OPEN, {**_LOW, "start": 0.25}),
+        "sdedit": Way(0.4, OPEN),
+        "ddim_inversion": Way(0.6, OPEN),
+        "flowedit": Way(0.25, OPEN),
+        "edit_friendly": Way(0.4, OPEN),
+    },
     "normal cecum -> polyps": {
-        "ours_prompt": Way(0.35, changes={"cfg": 3.0}),
-        "ours_both": Way(1.0, changes={**_FOCAL, "start": 0.35}),
+        "ours_prompt": Way(0.25, changes={"cfg": 4.0}),
+        "ours_both": Way(1.5, changes={"cfg": 3.0, "start": 0.25}),
         "sdedit": Way(0.5),
         "ddim_inversion": Way(0.6),
-        "flowedit": Way(0.35),
-        "edit_friendly": Way(0.4),
+        "flowedit": Way(0.15),
+        "edit_friendly": Way(0.3),
     },
 }

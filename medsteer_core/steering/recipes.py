@@ -67,8 +67,8 @@ SAMPLER_RECIPES = MappingProxyType({name: recipe.sampler for name, recipe in REC
 IMAGE_RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         REMOVE_FOCAL: _of_image(RECIPES[REMOVE_FOCAL], 0.35, 3.0),
-        REMOVE_DIFFUSE: _of_image(RECIPES[REMOVE_DIFFUSE], 0.35, 2.0),
-        ADD: _of_image(RECIPES[ADD], 0.35, 2.0),
+        REMOVE_DIFFUSE: _of_image(RECIPES[REMOVE_DIFFUSE], 0.25, 2.0),
+        ADD: _of_image(RECIPES[ADD], 0.25, 3.0),
     }
 )
 

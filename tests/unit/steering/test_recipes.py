@@ -65,9 +65,7 @@ def test_recipes_of_real_images_are_the_samplers_with_a_start_a_cfg_and_each_map
     for name, values in IMAGE_RECIPES.items():
         other = {key for key, value in RECIPES[name].sampler.items() if values[key] != value}
         assert set(values) == {*RECIPES[name].sampler, "cfg"} and other <= {"counterfactual_start", "lock_threshold"}
-    assert [IMAGE_RECIPES[REMOVE_FOCAL][key] for key in ("counterfactual_start", "cfg", "lock_threshold")] == [
-        0.35,
-        3,
-        0,
-    ]
+    chosen = {name: [values[key] for key in ("counterfactual_start", "cfg")] for name, values in IMAGE_RECIPES.items()}
+    assert chosen == {"remove focal": [0.35, 3], "remove diffuse": [0.25, 2], "add": [0.25, 3]}
+    assert {values["lock_threshold"] for values in IMAGE_RECIPES.values()} == {0}
     assert "cfg is 4, the recipe's 3" in apart(REMOVE_FOCAL, {"cfg": 4.0}, IMAGE_RECIPES)
