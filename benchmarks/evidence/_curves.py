@@ -11,24 +11,27 @@ from benchmarks.shared.sheet import pixels
 
 Point = tuple[float, float]  # (structure, flip rate), both better when larger
 EPSILON = 1e-9
+RECIPE = "recipe"
 
 # Okabe and Ito's colours, and a marker each, so that neither alone has to tell the methods apart.
 STYLES = {
-    "ours": ("#D55E00", "o"),
-    "ours_sparse": ("#8B3A00", "P"),
-    "prompt_locked": ("#555555", "*"),
+    "recipe": ("#D55E00", "*"),
+    "vector": ("#D55E00", "o"),
+    "both": ("#8B3A00", "P"),
+    "prompt_switch": ("#000000", "v"),
+    "prompt_switch_lock": ("#555555", "h"),
     "medsteer": ("#E69F00", "s"),
     "polypsteer": ("#CC79A7", "D"),
-    "reprompt": ("#000000", "v"),
     "sdedit": ("#0072B2", "^"),
     "ddim_inversion": ("#009E73", "<"),
     "pnp": ("#56B4E9", ">"),
 }
 CONTROL_STYLES = {"random_direction": "x", "other_vector": "+"}
 LABELS = {
-    "ours": "ours", "ours_sparse": "ours, mask's tokens", "prompt_locked": "prompt switch under the lock",
-    "medsteer": "MedSteer preset", "polypsteer": "PolypSteer preset", "reprompt": "re-prompting",
-    "sdedit": "SDEdit", "ddim_inversion": "DDIM inversion", "pnp": "Plug-and-Play",
+    "recipe": "our recipe", "vector": "steering", "both": "steering and the prompt",
+    "prompt_switch": "prompt switch", "prompt_switch_lock": "prompt switch under a lock",
+    "medsteer": "MedSteer preset", "polypsteer": "PolypSteer preset", "sdedit": "SDEdit",
+    "ddim_inversion": "DDIM inversion", "pnp": "Plug-and-Play",
     "random_direction": "control: random direction", "other_vector": "control: another vector",
 }  # fmt: skip
 
@@ -40,6 +43,11 @@ def points(curve: Sequence[Mapping[str, Any]], diffuse: bool) -> list[Point]:
     """
     key, sign = ("anatomy_drift", -1.0) if diffuse else ("ssim_outside", 1.0)
     return [(sign * p[key], p["flip"]) for p in curve if p[key] is not None and p["flip"] is not None]
+
+
+def front(some: Sequence[Point]) -> list[Point]:
+    """The points that no other is as good as in one coordinate and better than in the other, by structure."""
+    return sorted({one for one in some if not any(dominates([other], [one]) for other in some)})
 
 
 def dominates(one: Sequence[Point], other: Sequence[Point]) -> bool | None:
@@ -100,10 +108,12 @@ def _panel(axes: Any, name: str, record: Mapping[str, Any]) -> None:
     key = "anatomy_drift" if diffuse else "ssim_outside"
     for method, (colour, marker) in STYLES.items():
         if method in methods:
-            curve = [(abs(x), y) for x, y in points(methods[method]["curve"], diffuse)]
-            style = {"color": colour, "marker": marker, "zorder": 4 if method == "ours" else 3}
-            if curve:
-                axes.plot(*zip(*curve, strict=True), lw=2.2 if method == "ours" else 1.2, ms=4.5, alpha=0.9, **style)
+            style = {"color": colour, "marker": marker, "zorder": 4 if method == RECIPE else 3}
+            tried = points(methods[method]["curve"], diffuse)
+            for some, line in ((tried, "none"), (front(tried), "-")):
+                if some:
+                    xs, ys = zip(*((abs(x), y) for x, y in some), strict=True)
+                    axes.plot(xs, ys, ls=line, lw=1.2, ms=3.5, alpha=0.9 if line == "-" else 0.4, **style)
             if (head := methods[method])[key] is not None and head["flip"] is not None:
                 style["zorder"] += 4
                 axes.plot(head[key], head["flip"], ms=11, mec="white", mew=1.4, ls="none", **style)
@@ -126,7 +136,7 @@ def _key(axes: Any) -> None:
     """The legend, in a cell of its own."""
     from matplotlib.lines import Line2D
 
-    lines = [Line2D([], [], color=c, marker=m, lw=2.2 if n == "ours" else 1.2, ms=6) for n, (c, m) in STYLES.items()]
+    lines = [Line2D([], [], color=c, marker=m, lw=1.2, ms=6) for c, m in STYLES.values()]
     names = [LABELS[name] for name in STYLES]
     for control, marker in CONTROL_STYLES.items():
         lines.append(Line2D([], [], color="#777777", marker=marker, ls="none", ms=8, mew=2))
@@ -134,5 +144,5 @@ def _key(axes: Any) -> None:
     lines.append(Line2D([], [], color="#777777", ls=":", lw=1.5))
     names.append("ceiling: same anatomy, new sensor noise")
     lines.append(Line2D([], [], color="#444444", marker="o", ls="none", ms=10))
-    names.append("large marker: the reported setting")
+    names.append("large: the reported setting; line: the best of a method's settings")
     axes.legend(lines, names, loc="center", frameon=False, fontsize=10)

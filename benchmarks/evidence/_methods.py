@@ -1,121 +1,141 @@
-"""The methods of the quality benchmark, each from the same factual images: steering presets, baselines, controls."""
+"""The methods of the quality benchmark, each from the same factual images, and each offered the same windows and locks.
+
+A method's arms differ in what it may choose besides its parameter: where in the schedule it begins, and a lock. Which
+arm and value is reported is chosen on development seeds, by one rule for all (`_choice`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from benchmarks.evidence import _baselines
+from benchmarks.evidence._controls import random_direction
+from benchmarks.evidence._method import Chunk, Method, Vectors
 from benchmarks.shared import presets as _presets
 from benchmarks.shared.lab import BATCH, CFG, Lab
-from benchmarks.shared.presets import Pair, Preset, Presets, Sweep
-from medsteer_core.steering.operators import Operator
-from medsteer_core.vectors.pathology_vector import PathologyVector, SiteDirections
-from medsteer_core.vectors.random_direction import drawn, normal_weights
+from benchmarks.shared.presets import ALONE, BESIDE, Pair, Preset, Presets, Sweep
+from medsteer_core.steering.recipes import CONCEPT, OPEN, PREDICTION
+from medsteer_core.vectors.pathology_vector import PathologyVector
 
-OURS = ("ours", "ours_sparse", "prompt_locked")
-METHODS = (*OURS, "medsteer", "polypsteer", "reprompt", "sdedit", "ddim_inversion", "pnp")
+RECIPE, VECTOR = "recipe", "vector"
+OURS = (RECIPE, VECTOR, "both")
+LOCKED_PROMPT = "prompt_switch_lock"
+BASELINES = ("prompt_switch", LOCKED_PROMPT, "medsteer", "polypsteer", "sdedit", "ddim_inversion", "pnp")
+METHODS = (*OURS, *BASELINES)
 CONTROLS = ("random_direction", "strength_0", "other_vector")
-BASELINES = ("reprompt", "sdedit", "ddim_inversion", "pnp")
 
 
-@dataclass(frozen=True, eq=False)
-class Chunk:
-    """Some factual images: their seeds, noise and latents ``(n, C, H, W)``."""
-
-    seeds: Sequence[int]
-    noise: Tensor
-    latents: Tensor
-
-
-class Vectors(Protocol):
-    """Where vectors come from (`_store.Store`, which keeps them)."""
-
-    def vector(self, pair: Pair, noise: str, samples: int) -> PathologyVector: ...
-
-    def random_vector(self, pair: Pair, noise: str, samples: int, draw: int) -> PathologyVector: ...
-
-
-@dataclass(frozen=True, eq=False)
-class Method:
-    """One way to make counterfactuals of a pair. ``run(chunk, value)`` gives latents ``(n, C, H, W)``.
-
-    ``settings`` is everything that decides the result besides the value; ``cost(value)`` how many runs of the sampler
-    an image takes; ``vectors`` the extractions needed, as (pair, noise, samples).
-    """
-
-    name: str
-    parameter: str
-    values: tuple[float, ...]
-    headline: float
-    settings: Mapping[str, Any]
-    run: Callable[[Chunk, float], Tensor]
-    cost: Callable[[float], float] = lambda value: 1.0
-    vectors: tuple[tuple[Pair, str, int], ...] = ()
-
-
-def methods(lab: Lab, vectors: Vectors, pair: Pair, presets: Presets) -> dict[str, Method]:
-    """Every method and control for a pair, by name, in the order in which they are shown."""
-    ours, medsteer = presets.ours_for(pair), presets.medsteer
+def methods(lab: Lab, vectors: Vectors, pair: Pair, presets: Presets) -> dict[str, tuple[Method, ...]]:
+    """Every method and control for a pair, by name, in the order in which they are shown; each with its arms."""
+    medsteer, polypsteer = presets.medsteer, presets.polypsteer
+    other = _presets.OTHER[pair]
     made = [
-        _steering("ours", lab, vectors, pair, ours),
-        _steering("ours_sparse", lab, vectors, pair, ours, sparse=True),
-        _prompt_locked(lab, pair, ours),
-        _steering("medsteer", lab, vectors, pair, medsteer),
-        _steering("polypsteer", lab, vectors, pair, presets.polypsteer),
-        *_baseline_methods(lab, pair),
-        _random_direction(lab, vectors, pair, medsteer),
-        _steering("strength_0", lab, vectors, pair, medsteer, strengths=(0.0,)),
-        _steering("other_vector", lab, vectors, pair, medsteer, _presets.OTHER[pair], (medsteer.headline,)),
+        recipe(lab, vectors, pair, presets.recipe_for(pair)),
+        *_steering_arms(VECTOR, lab, vectors, pair, presets.ours_for(pair), _presets.STARTS),
+        *_steering_arms("both", lab, vectors, pair, presets.both_for(pair), _presets.STARTS),
+        *_prompt_arms(lab, vectors, pair, presets.ours_for(pair)),
+        *_steering_arms("medsteer", lab, vectors, pair, medsteer, _presets.WINDOWS),
+        *_steering_arms("polypsteer", lab, vectors, pair, polypsteer, _presets.WINDOWS),
+        *_baseline_arms(lab, vectors, pair, presets.ours_for(pair)),
+        random_direction(lab, vectors, pair, medsteer),
+        steering("strength_0", lab, vectors, pair, medsteer.varied({"strengths": (0.0,)})),
+        steering("other_vector", lab, vectors, pair, medsteer.varied({"strengths": (medsteer.headline,)}), other),
     ]
-    return {method.name: method for method in made}
+    return {name: tuple(method for method in made if method.name == name) for name in (*METHODS, *CONTROLS)}
 
 
-def _steering(
-    name: str, lab: Lab, vectors: Vectors, pair: Pair, preset: Preset, of: Pair | None = None,
-    strengths: tuple[float, ...] = (), sparse: bool = False,
-) -> Method:  # fmt: skip
-    """Steering by a preset, with the pair's vector or that ``of`` another; ``sparse``: the lock's tokens alone."""
-    of = of or pair
-    tokens = {"computed_tokens": "in the mask"} if sparse else {}
+def locks_of(pair: Pair) -> tuple[str, ...]:
+    """What a method is offered for a pair: a finding of the whole wall leaves nothing to lock."""
+    return (OPEN,) if pair.diffuse else (OPEN, CONCEPT)
+
+
+def _under(start: float, lock: str = OPEN) -> str:
+    words = [f"from {start:g}" if start else "", "" if lock == OPEN else f"lock: {lock}"]
+    return ", ".join(filter(None, words))
+
+
+def _steering_arms(
+    name: str, lab: Lab, vectors: Vectors, pair: Pair, preset: Preset, starts: Sequence[float]
+) -> Iterator[Method]:
+    """A preset with every start and lock that a method is offered."""
+    for start in starts:
+        for lock in locks_of(pair):
+            yield steering(name, lab, vectors, pair, replace(preset, start=start, lock=lock))
+
+
+def recipe(lab: Lab, vectors: Vectors, pair: Pair, preset: Preset) -> Method:
+    """What the nodes' recipe for such a pair makes, at its own values alone."""
+    if preset.prompt == ALONE:
+        made = _prompt_in_map(lab, vectors, pair, preset)
+        return replace(made, name=RECIPE, values=(preset.start,))
+    return steering(RECIPE, lab, vectors, pair, replace(preset, strengths=(preset.headline,)))
+
+
+def steering(name: str, lab: Lab, vectors: Vectors, pair: Pair, preset: Preset, of: Pair | None = None) -> Method:
+    """Steering by a preset, with the pair's vector or that ``of`` another."""
+    of, prompt = of or pair, preset.prompt == BESIDE
+
+    def run_many(chunk: Chunk, strengths: Sequence[float]) -> Tensor:
+        model = steered(lab, vectors.vector(of, preset.noise, preset.samples), preset, 1.0)
+        changes = {"counterfactual": lab.prompt(pair.target), "start_percent": preset.start} if prompt else {}
+        made = locked(lab, model, preset, lab.prompt(pair.source), chunk.noise, multiples=strengths, **changes)
+        return made.view(len(strengths), *chunk.noise.shape)
 
     def run(chunk: Chunk, strength: float) -> Tensor:
+        if preset.lock != OPEN or prompt:
+            return run_many(chunk, (strength,))[0]
         model = steered(lab, vectors.vector(of, preset.noise, preset.samples), preset, strength)
-        if preset.lock != "none" and strength != 0:  # at strength 0 there is no concept map, and nothing to lock
-            return locked(lab, model, preset, lab.prompt(pair.source), chunk.noise, **tokens)
         return lab.sample(model, lab.prompt(pair.source), chunk.noise)
 
     swept = {"strengths", "headline"}
-    settings = {key: value for key, value in asdict(preset).items() if key not in swept} | {"vector": of.name, **tokens}
-    values, headline = (strengths, strengths[0]) if strengths else (preset.strengths, preset.headline)
-    runs = 1.0 if preset.lock == "none" else 1.0 + _share_steered(preset)  # of a locked pair, its factual included
-    needed = ((of, preset.noise, preset.samples),)
-    return Method(name, "strength", values, headline, settings, run, lambda value: runs, needed)
+    settings = {key: value for key, value in asdict(preset).items() if key not in swept} | {"vector": of.name}
+    paired = preset.lock != OPEN or prompt
+    runs = 2.0 - preset.start if paired else 1.0  # of a pair that is made as one, its factual is among them
+    return Method(
+        name, "strength", preset.strengths, settings, run, lambda strength: runs, ((of, preset.noise, preset.samples),),
+        _under(preset.start, preset.lock), run_many if paired or preset.start else None,
+    )  # fmt: skip
 
 
-def _prompt_locked(lab: Lab, pair: Pair, preset: Preset) -> Method:
-    """The target's prompt from where our preset steers, locked by the predictions' difference where ours is locked."""
-    lock = "none" if preset.lock == "none" else "prediction difference"
+def _prompt_arms(lab: Lab, vectors: Vectors, pair: Pair, preset: Preset) -> Iterator[Method]:
+    """The target's prompt from some step on: free, and under a lock by the predictions' difference or the vector."""
+    free, under = _presets.PROMPT_SWITCH, _presets.PROMPT_SWITCH_LOCK
 
-    def run(chunk: Chunk, start: float) -> Tensor:
-        changes = {"counterfactual": lab.prompt(pair.target), "start_percent": start, "lock": lock,
-                   "computed_tokens": "in the mask"}  # fmt: skip
+    def switched(chunk: Chunk, start: float) -> Tensor:
+        return _baselines.reprompt(lab, pair.source, pair.target, chunk.noise, start)
+
+    yield Method("prompt_switch", free.parameter, free.values, {}, switched)
+    if pair.diffuse:
+        return
+
+    def by_predictions(chunk: Chunk, start: float) -> Tensor:
+        changes = {"counterfactual": lab.prompt(pair.target), "start_percent": start, "lock": PREDICTION}
         return locked(lab, lab.model, preset, lab.prompt(pair.source), chunk.noise, **changes)
 
-    sweep = _presets.PROMPT_LOCKED
-    settings = {key: value for key, value in asdict(preset).items() if key.startswith("lock_")} | {"lock": lock}
-    return Method("prompt_locked", sweep.parameter, sweep.values, sweep.headline, settings, run,
-                  lambda start: 2.0 - start)  # fmt: skip
+    settings = {key: value for key, value in asdict(preset).items() if key.startswith("lock_")} | {"lock": PREDICTION}
+    yield Method(LOCKED_PROMPT, under.parameter, under.values, settings, by_predictions, lambda start: 2.0 - start,
+                 arm=_under(0, PREDICTION))  # fmt: skip
+    yield replace(_prompt_in_map(lab, vectors, pair, preset), values=under.values)
 
 
-def _share_steered(preset: Preset) -> float:
-    """About the share of the steps that fall into the steering window."""
-    return preset.end - preset.start
+def _prompt_in_map(lab: Lab, vectors: Vectors, pair: Pair, preset: Preset) -> Method:
+    """The target's prompt where the vector would act: its concept map is the lock, and it does nothing else."""
+
+    def run(chunk: Chunk, start: float) -> Tensor:
+        model = steered(lab, vectors.vector(pair, preset.noise, preset.samples), preset, preset.headline)
+        changes = {"counterfactual": lab.prompt(pair.target), "start_percent": start, "lock": CONCEPT}
+        return locked(lab, model, preset, lab.prompt(pair.source), chunk.noise, multiples=(0.0,), **changes)
+
+    settings = {key: value for key, value in asdict(preset).items() if key != "strengths"} | {"marks": pair.name}
+    return Method(
+        LOCKED_PROMPT, _presets.PROMPT_SWITCH_LOCK.parameter, (), settings, run, lambda start: 2.0 - start,
+        ((pair, preset.noise, preset.samples),), _under(0, CONCEPT),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -130,23 +150,31 @@ class GivenNoise:
 
 
 def locked(lab: Lab, model: Any, preset: Preset, positive: list, noise: Tensor, **changes: Any) -> Tensor:
-    """The latents of Counterfactual Sampler's counterfactuals under the preset's lock, `BATCH` images at a time.
+    """The latents of Counterfactual Sampler's counterfactuals under the preset's lock, `BATCH` images at a time; with
+    several ``multiples`` all images of the first come first.
 
     ``changes`` are other fields of its request.
     """
+    return _pairs(lab, model, preset, positive, noise, lambda pair: pair.counterfactual, **changes)
+
+
+def _pairs(
+    lab: Lab, model: Any, preset: Preset, positive: list, noise: Tensor, what: Callable[[Any], Tensor], **changes: Any
+) -> Tensor:
     from medsteer_core.host.sampling.counterfactual import sample_pair
-    from medsteer_core.host.sampling.pair_request import PairRequest
+    from medsteer_core.host.sampling.pair_request import IN_MASK, PairRequest
 
     parts = []
     for part in noise.split(BATCH):
         request = PairRequest(
             positive, lab.conditioning(""), {"samples": torch.zeros_like(part)}, 0, CFG, lab.schedule,
             threshold=preset.lock_threshold, dilation=preset.lock_dilation,
-            smoothing=preset.lock_smoothing, noise=GivenNoise(part),
+            smoothing=preset.lock_smoothing, noise=GivenNoise(part), computed_tokens=IN_MASK,
             **{"lock": preset.lock, **changes},
         )  # fmt: skip
-        parts.append(sample_pair(model, request).counterfactual)
-    return torch.cat(parts)
+        made = what(sample_pair(model, request))
+        parts.append(made.view(-1, len(part), *made.shape[1:]))
+    return torch.cat(parts, dim=1).flatten(0, 1)
 
 
 def steered(lab: Lab, vector: PathologyVector, preset: Preset, strength: float) -> Any:
@@ -159,129 +187,46 @@ def steered(lab: Lab, vector: PathologyVector, preset: Preset, strength: float) 
     return steer.steer(lab.model, vector, preset.operator, parameters, *where)[0]
 
 
-def _baseline_methods(lab: Lab, pair: Pair) -> list[Method]:
+def _baseline_arms(lab: Lab, vectors: Vectors, pair: Pair, preset: Preset) -> Iterator[Method]:
+    """Image editing by prompts, free, and with what lies outside our lock's mask put back."""
     source, target = pair.source, pair.target
 
-    def make(name: str, sweep: Sweep, run: Callable[[Chunk, float], Tensor], cost=lambda value: 1.0) -> Method:
-        return Method(name, sweep.parameter, sweep.values, sweep.headline, {}, run, cost)
+    def mask(chunk: Chunk) -> Tensor:
+        model = steered(lab, vectors.vector(pair, preset.noise, preset.samples), preset, preset.headline)
+        scale = lab.latent["downscale_ratio_spacial"]
+        return _pairs(lab, model, preset, lab.prompt(source), chunk.noise, lambda made: made.mask[:, ::scale, ::scale],
+                      lock=CONCEPT) > 0  # fmt: skip
 
-    return [
-        make(
-            "reprompt", _presets.REPROMPT,
-            lambda chunk, share: _baselines.reprompt(lab, source, target, chunk.noise, share),
-        ),
-        make(
-            "sdedit", _presets.SDEDIT,
-            lambda chunk, denoise: _baselines.sdedit(lab, target, chunk.latents, chunk.seeds, denoise),
-        ),
-        make(
-            "ddim_inversion", _presets.DDIM_INVERSION,
-            lambda chunk, depth: _baselines.ddim_inversion(lab, source, target, chunk.latents, depth),
-            cost=lambda depth: 1.5 * depth,  # half a run up, at cfg 1, and one down
-        ),
-        make(
-            "pnp", _presets.PNP,
-            lambda chunk, share: _baselines.pnp(lab, source, target, chunk.noise, share),
-            cost=lambda share: 1 + share,
-        ),
-    ]  # fmt: skip
+    masks: dict[tuple[int, ...], Tensor] = {}
 
+    def arms(name: str, sweep: Sweep, run: Callable[[Chunk, float], Tensor], cost=lambda value: 1.0):
+        free = Method(name, sweep.parameter, sweep.values, {}, run, cost)
+        yield free
+        if pair.diffuse:
+            return
 
-# The control that pushes as far as steering does, but elsewhere
+        def put_back(chunk: Chunk, value: float) -> Tensor:
+            made = vectors.latents(pair, free, value, chunk.seeds)[0]
+            seeds = tuple(chunk.seeds)
+            if seeds not in masks:
+                masks[seeds] = mask(chunk)
+            return torch.where(masks[seeds][:, None], made, chunk.latents)
 
+        settings = {key: value for key, value in asdict(preset).items() if key != "strengths"}
+        yield Method(name, sweep.parameter, sweep.values, settings, put_back, lambda value: 0.1 + 1 / len(sweep.values),
+                     ((pair, preset.noise, preset.samples),), _under(0, CONCEPT))  # fmt: skip
 
-@dataclass(frozen=True)
-class PushElsewhere(Operator):
-    """`a - strength * max(0, a.d) * r`: the push of suppress, along another unit vector `r` than `d`.
-
-    A vector of rank 2 carries both: its rows are `d` and a unit vector `e` across it, and its first projections the
-    coordinates of `r` on them (see `with_random_direction`).
-    """
-
-    name: ClassVar[str] = "random_direction"
-    strength: float = 2.0
-
-    def __call__(self, a: Tensor, step: Any, in_place: bool = False) -> Tensor:
-        elsewhere = step.projections[0] @ step.directions
-        push = self.strength * (a @ step.directions[0]).clamp_min(0)[..., None] * elsewhere
-        return a.sub_(push) if in_place else a - push
-
-
-@dataclass
-class TokenMeans:
-    """An observer that keeps every image's token mean: site -> sigma -> tensors ``(images, C)``."""
-
-    kept: dict[str, dict[float, list[Tensor]]] = field(default_factory=dict)
-
-    def observe(self, site: str, sigma: float, activation: Tensor) -> None:
-        mean = activation.detach().mean(dim=1, dtype=torch.float32).cpu()
-        self.kept.setdefault(site, {}).setdefault(float(sigma), []).append(mean)
-
-    def centred(self) -> dict[str, Tensor]:
-        """Each site's means about their own average, ``(steps, images, C)``, steps by falling sigma."""
-        stacked = {
-            site: torch.stack([torch.cat(levels[sigma]) for sigma in sorted(levels, reverse=True)])
-            for site, levels in self.kept.items()
-        }
-        return {site: means - means.mean(dim=1, keepdim=True) for site, means in stacked.items()}
-
-
-def within_class(lab: Lab, pair: Pair) -> dict[str, Tensor]:
-    """How images of one class differ from their class's average, for both classes: site -> ``(steps, images, C)``."""
-    from medsteer_core.host.patching import patch
-
-    groups = []
-    for number, name in enumerate((pair.source, pair.target)):
-        first = _presets.COVARIANCE_SEED + number * _presets.COVARIANCE_SAMPLES
-        means = TokenMeans()
-        noise = lab.noise(range(first, first + _presets.COVARIANCE_SAMPLES))
-        lab.sample(patch.observed(lab.model, means), lab.prompt(name), noise)
-        groups.append(means.centred())
-    return {site: torch.cat([group[site] for group in groups], dim=1) for site in groups[0]}
-
-
-def with_random_direction(vector: PathologyVector, deviations: Mapping[str, Tensor], draw: int) -> PathologyVector:
-    """A vector for `PushElsewhere`: beside each `d` a unit vector drawn from the within-class covariance.
-
-    ``deviations`` are the class-centred sample means; the draw is the Random Direction node's.
-    """
-    weights = normal_weights(next(iter(deviations.values())).shape[1], draw)
-    sites = {name: _beside(site, weights, deviations[name]) for name, site in vector.sites.items()}
-    return PathologyVector(sites, vector.sigmas, {**vector.provenance, "random_direction": draw}, vector.flow)
-
-
-def _beside(site: SiteDirections, weights: Tensor, deviations: Tensor) -> SiteDirections:
-    control = drawn(deviations, weights)
-    direction = site.directions[:, 0]
-    along = (control * direction).sum(-1, keepdim=True)
-    across = F.normalize(control - along * direction, dim=-1)
-    coordinates = torch.cat([along, (control * across).sum(-1, keepdim=True)], dim=1)  # (steps, 2)
-    return SiteDirections(
-        directions=torch.stack([direction, across], dim=1),
-        gaps=torch.cat([site.gaps, torch.zeros_like(site.gaps)], dim=1),
-        centres=site.centres,
-        projections=torch.stack([coordinates, torch.zeros_like(coordinates)], dim=1),
-        spreads=site.spreads,
-    )
-
-
-def _random_direction(lab: Lab, vectors: Vectors, pair: Pair, preset: Preset) -> Method:
-    def run(chunk: Chunk, strength: float) -> Tensor:
-        from medsteer_core.host.patching import levels, patch
-        from medsteer_core.steering.plan import Steering
-
-        result = torch.empty_like(chunk.latents)
-        for draw in range(_presets.DRAWS):
-            mine = [place for place, seed in enumerate(chunk.seeds) if seed % _presets.DRAWS == draw]
-            if mine:
-                vector = vectors.random_vector(pair, preset.noise, preset.samples, draw)
-                window = levels.window(lab.model, preset.start, preset.end)
-                steering = Steering(vector, PushElsewhere(strength), window, vector.site_names, preset.rows)
-                model = patch.steered(lab.model, steering)
-                result[mine] = lab.sample(model, lab.prompt(pair.source), chunk.noise[mine])
-        return result
-
-    settings = {key: getattr(preset, key) for key in ("noise", "samples", "rows", "start", "end")}
-    settings |= {"draws": _presets.DRAWS, "covariance_samples": _presets.COVARIANCE_SAMPLES}
-    needed = ((pair, preset.noise, preset.samples),)
-    return Method("random_direction", "strength", (preset.headline,), preset.headline, settings, run, vectors=needed)
+    yield from arms(
+        "sdedit", _presets.SDEDIT,
+        lambda chunk, denoise: _baselines.sdedit(lab, target, chunk.latents, chunk.seeds, denoise),
+    )  # fmt: skip
+    yield from arms(
+        "ddim_inversion", _presets.DDIM_INVERSION,
+        lambda chunk, depth: _baselines.ddim_inversion(lab, source, target, chunk.latents, depth),
+        cost=lambda depth: 1.5 * depth,  # half a run up, at cfg 1, and one down
+    )  # fmt: skip
+    yield from arms(
+        "pnp", _presets.PNP,
+        lambda chunk, share: _baselines.pnp(lab, source, target, chunk.noise, share),
+        cost=lambda share: 1 + share,
+    )  # fmt: skip

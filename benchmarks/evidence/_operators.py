@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from benchmarks.evidence._methods import Chunk, Method, locked
+from benchmarks.evidence._method import Chunk, Method
+from benchmarks.evidence._methods import locked
 from benchmarks.evidence._store import STEERING, Store, code_digest
 from benchmarks.shared import presets as _presets
 from benchmarks.shared.lab import CFG, STEPS, Lab
@@ -251,7 +252,7 @@ def method(vectors: Vectors, runs: LateRuns, pair: Pair, arm: Arm, lock: bool = 
     share = runs.share(preset)
     cost = 2.0 + share if lock else share
     needed = ((pair, SAME_STATE, SAMPLES),) if arm.estimator == SAME_STATE else ()
-    return Method(arm.name + ("-locked" if lock else ""), "strength", arm.strengths, arm.strengths[0], settings, run,
+    return Method(arm.name + ("-locked" if lock else ""), "strength", arm.strengths, settings, run,
                   lambda value: cost, needed)  # fmt: skip
 
 

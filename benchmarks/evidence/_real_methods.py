@@ -17,8 +17,9 @@ from torch import Tensor
 from benchmarks.evidence import _baselines
 from benchmarks.shared.lab import BATCH, CFG, STEPS, Lab
 from benchmarks.shared.presets import Pair
+from medsteer_core.steering.recipes import ADD, IMAGE_RECIPES, REMOVE_DIFFUSE, REMOVE_FOCAL
 
-LOCK, OPEN = "lock", "open"
+LOCK, OPEN, RECIPE = "lock", "open", "recipe"
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,6 +146,8 @@ class Methods:
     def _ours_prompt(self, real: Real, way: Way) -> Tensor:
         return self._differing("ours", real, way)
 
+    _recipe = _ours_prompt
+
     def _ours_vector(self, real: Real, way: Way) -> Tensor:
         return self._differing("ours", real, way, prompt=False, model=self._steered(real.pair, way))
 
@@ -179,7 +182,7 @@ class Methods:
 CFGS = {"removing": (2.0, 3.0), "adding": (3.0, 4.0)}
 STARTS = (0.25, 0.35)
 BASELINES = ("sdedit", "ddim_inversion", "flowedit", "edit_friendly")
-OURS = ("ours_prompt", "ours_vector", "ours_both")
+OURS = (RECIPE, "ours_prompt", "ours_vector", "ours_both")
 VALUES: Mapping[str, tuple[float, ...]] = {
     "sdedit": (0.3, 0.4, 0.5),
     "ddim_inversion": (0.4, 0.6),
@@ -194,6 +197,8 @@ VALUES: Mapping[str, tuple[float, ...]] = {
 def ways(name: str, pair: Pair, free: bool = False) -> list[Way]:
     """Every setting that is tried: the parameter's values under the lock, and ``free`` of it too; a diffuse finding has
     no lock."""
+    if name == RECIPE:
+        return [recipe_of(pair)]
     changes: list[dict[str, Any]] = [{}]
     if name == "ours_prompt":
         changes = [{"cfg": cfg} for cfg in CFGS[pair.kind]]
@@ -201,6 +206,14 @@ def ways(name: str, pair: Pair, free: bool = False) -> list[Way]:
         changes = [{"cfg": CFGS[pair.kind][0], "start": start} for start in STARTS]
     locks = (OPEN,) if pair.diffuse else (LOCK, OPEN) if free else (LOCK,)
     return [Way(value, lock, change) for value in VALUES[name] for lock in locks for change in changes]
+
+
+def recipe_of(pair: Pair) -> Way:
+    """Counterfactual of Image as its recipe for such a pair sets it."""
+    kind = ADD if pair.kind == "adding" else REMOVE_DIFFUSE if pair.diffuse else REMOVE_FOCAL
+    inputs = IMAGE_RECIPES[kind]
+    lock = OPEN if pair.diffuse else LOCK
+    return Way(inputs["counterfactual_start"], lock, {"cfg": inputs["cfg"]})
 
 
 def label_of(name: str, way: Way) -> str:

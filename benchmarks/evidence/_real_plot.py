@@ -10,8 +10,8 @@ from torch import Tensor
 from medsteer_core.pictures.drawing import pixels
 
 COLOURS = {
-    "ours_prompt": "#d55e00", "ours_vector": "#cc79a7", "ours_both": "#e69f00", "sdedit": "#999999",
-    "ddim_inversion": "#0072b2", "flowedit": "#009e73", "edit_friendly": "#56b4e9",
+    "recipe": "#000000", "ours_prompt": "#d55e00", "ours_vector": "#cc79a7", "ours_both": "#e69f00",
+    "sdedit": "#999999", "ddim_inversion": "#0072b2", "flowedit": "#009e73", "edit_friendly": "#56b4e9",
 }  # fmt: skip
 
 
@@ -25,7 +25,7 @@ def plot(pairs: Mapping[str, Mapping[str, Any]]) -> Tensor:
     figure = Figure(figsize=(4.2 * columns, 3.6 * rows + 0.5), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False).flat
-    for axis, (name, pair) in zip(axes, pairs.items(), strict=False):
+    for (name, pair), axis in zip(pairs.items(), axes, strict=False):
         for label, row in pair["methods"].items():
             method = label.split(" ")[0]
             if method in COLOURS:

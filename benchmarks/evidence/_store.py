@@ -20,7 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from benchmarks.evidence._methods import Chunk, Method, with_random_direction, within_class
+from benchmarks.evidence._controls import with_random_direction, within_class
+from benchmarks.evidence._method import Chunk, Method
 from benchmarks.shared import lab as _lab
 from benchmarks.shared import presets as _presets
 from benchmarks.shared.lab import Lab
@@ -38,7 +39,8 @@ FACTUAL = "factual"
 # Code that decides what images are made, what steering makes of them, and how they are scored.
 MAKING = ("benchmarks/shared/lab.py", "benchmarks/evidence/_baselines.py", "medsteer_core/host/loading/embedded.py",
           "medsteer_core/host/loading/pixart.py")  # fmt: skip
-STEERING = ("benchmarks/evidence/_methods.py", "medsteer_core/host/patching/*.py", "medsteer_core/host/sampling/*.py",
+STEERING = ("benchmarks/evidence/_methods.py", "benchmarks/evidence/_controls.py",
+            "medsteer_core/host/patching/*.py", "medsteer_core/host/sampling/*.py",
             *(f"medsteer_core/{name}.py" for name in ("extraction/affine", "extraction/axes",
                                                       "extraction/capture", "extraction/estimators",
                                                       "steering/operators", "vectors/pathology_vector",
@@ -177,14 +179,26 @@ class Store:
         path = self._path(pair, method, value, seeds, ".safetensors")
         return self._latents(path, lambda: method.run(chunk, value))
 
+    def make_many(self, pair: Pair, method: Method, values: Sequence[float], seeds: Sequence[int]) -> None:
+        """Make what is not there of a method that makes many values at once; each then took its share of the time."""
+        paths = {value: self._path(pair, method, value, seeds, ".safetensors") for value in values}
+        missing = [value for value, path in paths.items() if not path.is_file()]
+        if len(missing) < 2:
+            return
+        chunk, _ = self.factual(pair, seeds)
+        for needed in method.vectors:
+            self.vector(*needed)
+        begun = time.perf_counter()
+        made = method.run_many(chunk, missing)
+        seconds = (time.perf_counter() - begun) / len(missing)
+        for value, latents in zip(missing, made, strict=True):
+            _write(paths[value], latents, seconds)
+
     def _latents(self, path: Path, make: Any) -> tuple[Tensor, float]:
         if not path.is_file():
             begun = time.perf_counter()
             made = make()
-            seconds = time.perf_counter() - begun
-            path.parent.mkdir(parents=True, exist_ok=True)
-            tensors = {"latents": made.detach().float().cpu().contiguous()}
-            write_whole(path, to_bytes(tensors, metadata={"seconds": repr(seconds)}))
+            _write(path, made, time.perf_counter() - begun)
         with safe_open(path, framework="pt") as file:
             return file.get_tensor("latents").clone(), float(file.metadata()["seconds"])
 
@@ -212,8 +226,15 @@ class Store:
         return self._path(pair, method, value, seeds, f".scores-{self._scored_by}.json")
 
     def _path(self, pair: Pair, method: Method, value: float, seeds: Sequence[int], suffix: str) -> Path:
-        made_by = digest([method.name, dict(method.settings), self._steered_by if method.vectors else ""])
+        ours = method.vectors or method.settings  # what is made by code of ours, and not by ComfyUI's alone
+        made_by = digest([method.name, dict(method.settings), self._steered_by if ours else ""])
         return self.folder / pair.slug / f"{method.name}-{made_by}" / f"{value:g}-{_span(seeds)}{suffix}"
+
+
+def _write(path: Path, latents: Tensor, seconds: float) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {"latents": latents.detach().float().cpu().contiguous()}
+    write_whole(path, to_bytes(tensors, metadata={"seconds": repr(seconds)}))
 
 
 def _span(seeds: Sequence[int]) -> str:

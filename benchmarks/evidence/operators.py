@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.evidence import _operators
-from benchmarks.evidence._methods import Method
+from benchmarks.evidence._method import Method
 from benchmarks.evidence._operators import (
     LEFT_OUT,
     LateRuns,

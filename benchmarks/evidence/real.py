@@ -27,7 +27,19 @@ from torch import Tensor
 
 from benchmarks.evidence import _real_odd
 from benchmarks.evidence._real_case import MEASURES, SEEDS, SHOWN, Case, mean_of, row_of
-from benchmarks.evidence._real_methods import BASELINES, CHOSEN, OPEN, OURS, Methods, Real, Way, label_of, ways
+from benchmarks.evidence._real_methods import (
+    BASELINES,
+    CHOSEN,
+    OPEN,
+    OURS,
+    RECIPE,
+    Methods,
+    Real,
+    Way,
+    label_of,
+    recipe_of,
+    ways,
+)
 from benchmarks.evidence._real_plot import plot
 from benchmarks.shared.command import aligned, common_options, finish, with_interval
 from benchmarks.shared.lab import Lab, comfyui_version, start_comfyui
@@ -110,13 +122,16 @@ def run(chosen: argparse.Namespace) -> tuple[dict[str, Any], Tensor]:
 def _ways(name: str, pair: Pair, chosen: argparse.Namespace) -> list[Way]:
     if chosen.sweep:
         return ways(name, pair, chosen.free)
+    if name == RECIPE:
+        return [recipe_of(pair)]
     own = CHOSEN.get(pair.name, {}).get(name)
     return [] if own is None else [own]
 
 
 def _measured(case: Case, methods: Methods, real: Real, name: str, way: Way, folder: Any, n: int) -> tuple:
     """The images of one setting and their row; both are kept, so that a run that was stopped goes on."""
-    path = folder / f"{label_of(name, way).replace(' ', '_')}_{n}.pt"
+    own = label_of("ours_prompt" if name == RECIPE else name, way)  # one and the same
+    path = folder / f"{own.replace(' ', '_')}_{n}.pt"
     if path.exists():
         held = torch.load(path, weights_only=True)
         return held["images"].float() / 255, held["row"]
@@ -138,22 +153,20 @@ def _best(rows: Mapping[str, Mapping[str, Any]], name: str) -> str | None:
 
 
 def _minus_ours(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Every method minus our best on the same images, with intervals."""
-    mine = [label for label in rows if label.split(" ")[0] in OURS]
+    """Every other row minus the node's recipe on the same images, with intervals."""
+    mine = [label for label in rows if label.split(" ")[0] == RECIPE]
     if not mine:
         return {}
-    best = max((label for name in OURS if (label := _best(rows, name))), key=lambda label: (
-        rows[label]["flip"] >= FLIP_WANTED, rows[label]["psnr"]))  # fmt: skip
-    ours, told = rows[best]["each"], {}
+    told, ours = {}, rows[mine[0]]
     for label, row in rows.items():
-        if label in (best, "nothing", "truth"):
+        if label in (mine[0], "nothing", "truth"):
             continue
-        both = row["each"]["flip"], ours["flip"]
-        told[label] = {"flip": row["flip"] - rows[best]["flip"], "flip_ci": list(newcombe(*both))}
+        both = row["each"]["flip"], ours["each"]["flip"]
+        told[label] = {"flip": row["flip"] - ours["flip"], "flip_ci": list(newcombe(*both))}
         for name in MEASURES:
-            couples = zip(row["each"][name], ours[name], strict=True)
+            couples = zip(row["each"][name], ours["each"][name], strict=True)
             told[label] |= mean_of(name, [a - b for a, b in couples if None not in (a, b)])
-    return {"ours": best, "others": told}
+    return {"ours": mine[0], "others": told}
 
 
 def _line(label: str, row: Mapping[str, Any]) -> str:

@@ -61,6 +61,15 @@ PAIRS = (
 )
 
 
+# Two findings at once, and what is added to an image: beside `PAIRS` where every direction counts.
+ALL_PAIRS = (
+    *PAIRS,
+    Pair("dyed lifted polyps", "normal cecum"),
+    Pair("polyps", "dyed lifted polyps"),
+    Pair("normal cecum", "ulcerative colitis"),
+)
+
+
 def check_pairs(
     options: argparse.ArgumentParser, names: Collection[str] | None, known: Sequence[Pair] = PAIRS, kind: str = "pair"
 ) -> None:
@@ -77,7 +86,13 @@ OTHER = {
     PAIRS[2]: PAIRS[0],
     PAIRS[3]: PAIRS[1],
     PAIRS[4]: PAIRS[2],
+    ALL_PAIRS[5]: PAIRS[2],
+    ALL_PAIRS[6]: PAIRS[1],
+    ALL_PAIRS[7]: PAIRS[2],
 }
+
+
+NONE, BESIDE, ALONE = "none", "beside", "alone"
 
 
 @dataclass(frozen=True)
@@ -85,7 +100,8 @@ class Preset:
     """A way to steer with the pair's vector (source minus target): operator, where, when, and how it is extracted.
 
     ``sites`` may be written for another depth, as ``8-15 of 28``. ``strengths`` are swept, ``headline`` is one of them.
-    ``lock`` and what begins with it are Counterfactual Sampler's.
+    ``lock`` and what begins with it are Counterfactual Sampler's; ``prompt``: whether the counterfactual has the
+    target's prompt, `NONE`, `BESIDE` the steering or `ALONE`, where the vector only says where (see `_methods`).
     """
 
     operator: str
@@ -102,6 +118,7 @@ class Preset:
     lock_threshold: float = 0.2
     lock_dilation: int = 1
     lock_smoothing: int = 0
+    prompt: str = NONE
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "strengths", tuple(float(value) for value in self.strengths))
@@ -133,9 +150,9 @@ def _published(name: str, strengths: tuple[float, ...], noise: str) -> Preset:
 
 
 # The published presets (METHOD: arXiv 2603.07066 and its follow-up), and ours: chosen on development seeds. Ours
-# are swept from 0, where steering gives the factual back, so that the curve begins where doing nothing is.
-MEDSTEER = _published(presets.MEDSTEER, (1.0, 1.5, 2.0, 3.0), noise="unpaired")
-POLYPSTEER = _published(presets.POLYPSTEER, (1.5, 2.5, 3.5), noise="paired")
+# are the nodes' recipes.
+MEDSTEER = _published(presets.MEDSTEER, (2.0, 3.0), noise="unpaired")
+POLYPSTEER = _published(presets.POLYPSTEER, (2.5, 3.5), noise="paired")
 
 
 def _recipe(name: str, strengths: tuple[float, ...]) -> Preset:
@@ -150,11 +167,15 @@ def _recipe(name: str, strengths: tuple[float, ...]) -> Preset:
 
 
 # A focal finding is taken away under a lock from its own concept map; a diffuse one is everywhere, a new one is not.
+DIFFUSE = "removing diffuse"
 OURS = {
-    "removing": _recipe(REMOVE_FOCAL, (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)),
-    "removing diffuse": _recipe(REMOVE_DIFFUSE, (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)),
-    "adding": _recipe(ADD, (0.0, 1.0, 1.5, 1.75, 2.0, 2.5)),
+    "removing": _recipe(REMOVE_FOCAL, (1.0, 1.5, 2.0, 3.0)),
+    DIFFUSE: _recipe(REMOVE_DIFFUSE, (1.0, 1.5, 2.0, 3.0)),
+    "adding": _recipe(ADD, (1.0, 1.5, 1.75, 2.5)),
 }
+# What every method that has a strength or a prompt may begin at, and under which half of the schedule presets may act.
+STARTS, WINDOWS = (0.35, 0.45), (0.0, 0.45)
+WITH_PROMPT = (0.5, 1.0, 1.5)  # strengths of steering beside the target's prompt
 
 
 @dataclass(frozen=True)
@@ -166,8 +187,16 @@ class Presets:
     ours: Mapping[str, Preset] = field(default_factory=lambda: dict(OURS))
 
     def ours_for(self, pair: Pair) -> Preset:
-        """Ours for a pair: by its kind, and for a diffuse finding by that where there is such a preset."""
-        return self.ours.get(f"{pair.kind} diffuse" if pair.diffuse else pair.kind, self.ours[pair.kind])
+        """Ours by vector alone for a pair: by its kind, and for a diffuse finding by that."""
+        return self.ours.get(DIFFUSE if pair.diffuse else pair.kind, self.ours[pair.kind])
+
+    def both_for(self, pair: Pair) -> Preset:
+        """Steering and the target's prompt together."""
+        return replace(self.ours_for(pair), strengths=WITH_PROMPT, headline=WITH_PROMPT[1], prompt=BESIDE)
+
+    def recipe_for(self, pair: Pair) -> Preset:
+        """What the nodes' recipe says for such a pair."""
+        return self.ours_for(pair)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -187,18 +216,14 @@ class Presets:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A baseline's parameter: its name, the values swept, and the one that is reported."""
+    """A baseline's parameter: its name, and the values swept."""
 
     parameter: str
     values: tuple[float, ...]
-    headline: float
 
 
-# Reported is what everybody means by re-prompting: the other prompt from the first step. Of the others, the one that
-# keeps most structure among those that flip at least 0.9 of 12 development seeds in two of three pairs.
-REPROMPT = Sweep("share before the prompt changes", (0.0, 0.2, 0.35, 0.5, 0.65), 0.0)
-# Counterfactual Sampler's other way: the prompt changes where our presets begin to steer.
-PROMPT_LOCKED = Sweep("start", (0.25, 0.35, 0.45, 0.55), 0.45)
-SDEDIT = Sweep("denoise", (0.3, 0.45, 0.6, 0.75), 0.45)
-DDIM_INVERSION = Sweep("depth of the inversion", (0.4, 0.6, 0.8, 1.0), 0.6)
-PNP = Sweep("share of steps injected", (0.2, 0.35, 0.5, 0.7), 0.5)
+PROMPT_SWITCH = Sweep("start of the target's prompt", (0.0, 0.2, 0.35, 0.45, 0.55, 0.65))
+PROMPT_SWITCH_LOCK = Sweep(PROMPT_SWITCH.parameter, (0.35, 0.45, 0.55))
+SDEDIT = Sweep("denoise", (0.3, 0.45, 0.6))
+DDIM_INVERSION = Sweep("depth of the inversion", (0.4, 0.6, 0.8))
+PNP = Sweep("share of steps injected", (0.35, 0.5, 0.7))

@@ -46,16 +46,16 @@ def table(record: Mapping[str, Any]) -> str:
             numbers = (row["ssim_outside"], row["anatomy_drift"], row["off_target_drift"], row["seconds"])
             flip = with_interval(row["flip"], row["flip_ci"])
             cells = ["-" if number is None else f"{number:.3f}" for number in numbers]
-            lines.append((method, f"{row['value']:g}", f"{row['accepted']} of {row['n']}", flip, *cells))
+            lines.append((method, row["setting"], f"{row['accepted']} of {row['n']}", flip, *cells))
         ceiling = pair["ceiling"]
         drift = f"{ceiling['anatomy_drift']:.3f}"
         lines.append(("ceiling", "", "", "", f"{ceiling['ssim_outside']:.3f}", drift, "", ""))
         text += ["", name, *aligned(lines)]
         if beside := pair.get("differences_from_ours"):
-            text += ["minus ours, on the same seeds:", *aligned(_beside(beside))]
+            text += ["minus our recipe, on the same seeds:", *aligned(_beside(beside))]
         if pair["dominates"]:
-            text.append(f"ours dominates: {_said(pair['dominates'])}; at these settings: "
-                        f"{_said(pair['dominates_at_headline'])}")  # fmt: skip
+            text.append(f"the recipe dominates: {_said(pair['dominates'])}; is dominated by: "
+                        f"{_said(pair['dominated_by'])}")  # fmt: skip
     return "\n".join(text)
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.evidence import _baselines, _curves, _methods, _paired, _store, quality
+from benchmarks.evidence import _baselines, _choice, _controls, _curves, _method, _methods, _paired, _store, quality
 from benchmarks.shared import presets as _presets
 from benchmarks.shared import sheet as _sheet
-from benchmarks.shared.presets import PAIRS, Pair, Preset, Presets
+from benchmarks.shared.presets import ALL_PAIRS, PAIRS, Pair, Preset, Presets
 from medsteer_core.errors import MedSteerError
 from medsteer_core.intervals import newcombe
 from medsteer_core.scores.scorer import PairScore
@@ -51,15 +51,81 @@ def test_a_diffuse_pairs_structure_is_less_drift_and_points_without_a_number_are
     assert _curves.points(curve, diffuse=False) == []
 
 
-def test_less_drift_at_the_same_flip_rate_dominates():
+def test_the_recipes_point_is_held_against_every_point_of_a_baseline():
+    point = {"flip": 0.9, "anatomy_drift": 0.4}
+    worse, better, beside = ({"flip": f, "anatomy_drift": d} for f, d in ((0.9, 0.6), (0.9, 0.3), (1.0, 0.6)))
     rows = {
-        "ours": {"flip": 0.9, "anatomy_drift": 0.4, "curve": [{"flip": 0.9, "anatomy_drift": 0.4}]},
-        "sdedit": {"flip": 0.9, "anatomy_drift": 0.6, "curve": [{"flip": 1.0, "anatomy_drift": 0.6}]},
+        "recipe": {**point, "curve": [point]},
+        "sdedit": {"curve": [worse]},
+        "pnp": {"curve": [worse, better]},
+        "prompt_switch": {"curve": [worse, beside]},
     }
-    assert quality.domination(rows, diffuse=True) == {
-        "dominates": {"sdedit": False},
-        "dominates_at_headline": {"sdedit": True},
-    }
+    found = quality.domination(rows, diffuse=True)
+    assert found["dominates"] == {"sdedit": True, "pnp": False, "prompt_switch": False}
+    assert found["dominated_by"] == {"sdedit": False, "pnp": True, "prompt_switch": False}
+
+
+def test_the_front_is_what_no_other_point_beats():
+    assert _curves.front([(0.9, 0.9), (0.8, 0.8), (0.95, 0.5), (0.95, 0.5)]) == [(0.9, 0.9), (0.95, 0.5)]
+
+
+# The choice
+
+
+def point(setting, flip, ssim, drift=1.0):
+    return {"setting": setting, "flip": flip, "ssim_outside": ssim, "anatomy_drift": drift}
+
+
+def test_of_settings_that_flip_enough_the_one_that_keeps_most_is_chosen():
+    curve = [point("a", 1.0, 0.9, 0.5), point("b", 0.92, 0.95, 0.7), point("c", 0.89, 0.99, 0.1)]
+    assert _choice.best(curve, diffuse=False)["setting"] == "b"
+    assert _choice.best(curve, diffuse=True)["setting"] == "a"
+
+
+def test_where_none_flips_enough_it_is_the_one_that_flips_most():
+    curve = [point("a", 0.5, 0.99), point("b", 0.8, 0.7), point("c", 0.8, 0.75), point("d", None, None, None)]
+    assert _choice.best(curve, diffuse=False)["setting"] == "c"
+
+
+def way(name="sdedit", arm="", values=(0.3, 0.5)):
+    return _method.Method(name, "denoise", values, {}, lambda *_: None, arm=arm)
+
+
+def test_what_was_chosen_is_kept_beside_other_pairs_and_found_again(tmp_path):
+    file = tmp_path / "chosen.json"
+    _choice.keep({"a -> b": {"sdedit": "0.3"}, "c -> d": {"pnp": "0.5"}}, file)
+    _choice.keep({"a -> b": {"pnp": "0.7"}}, file)
+    known = _choice.read(file)
+    assert known == {"a -> b": {"sdedit": "0.3", "pnp": "0.7"}, "c -> d": {"pnp": "0.5"}}
+    arms = [way(), way(arm="lock: concept map")]
+    assert _choice.chosen_of("a -> b", arms, known) == (arms[0], 0.3)
+    with pytest.raises(MedSteerError, match="Choose on development seeds first"):
+        _choice.chosen_of("c -> d", arms, known)
+    only = way(values=(0.3,))
+    assert _choice.chosen_of("c -> d", [only], {}) == (only, 0.3)
+
+
+def test_everything_that_was_chosen_is_there():
+    known = _choice.read()
+    names = {pair.name for pair in ALL_PAIRS}
+    assert set(known) <= names
+    for pair in ALL_PAIRS:
+        found = _methods.methods(SimpleNamespace(latent={}), None, pair, Presets())
+        for name, setting in known.get(pair.name, {}).items():
+            assert setting in {arm.setting(value) for arm in found[name] for value in arm.values}
+
+
+@pytest.mark.parametrize("pair", ALL_PAIRS, ids=lambda pair: pair.slug)
+def test_every_method_is_offered_the_same_windows_and_locks(pair):
+    found = _methods.methods(SimpleNamespace(latent={}), None, pair, Presets())
+    for name in ("vector", "both", "medsteer", "polypsteer"):
+        starts = _presets.WINDOWS if "steer" in name else _presets.STARTS
+        assert len(found[name]) == len(starts) * (1 if pair.diffuse else 2)
+    for name in ("sdedit", "ddim_inversion", "pnp"):
+        assert ["lock" in arm.arm for arm in found[name]] == ([False] if pair.diffuse else [False, True])
+    assert ("prompt_switch_lock" in [arm.name for arm in found["prompt_switch_lock"]]) is not pair.diffuse
+    settings = [(arm.name, arm.setting(value)) for arms in found.values() for arm in arms for value in arm.values]
+    assert len(set(settings)) == len(settings)
 
 
 # Pairs, presets, seeds
@@ -68,7 +134,9 @@ def test_less_drift_at_the_same_flip_rate_dominates():
 def test_the_pairs_kinds():
     assert [pair.kind for pair in PAIRS] == ["removing"] * 4 + ["adding"]
     assert [pair.diffuse for pair in PAIRS] == [False, True, False, False, False]
-    assert all(_presets.OTHER[pair] != pair for pair in PAIRS)
+    assert [pair.kind for pair in ALL_PAIRS[5:]] == ["removing", "adding", "adding"]
+    assert [pair.diffuse for pair in ALL_PAIRS[5:]] == [False, False, True]
+    assert all(_presets.OTHER[pair] != pair for pair in ALL_PAIRS)
 
 
 def test_a_range_of_blocks_is_scaled_to_the_models_depth():
@@ -121,9 +189,10 @@ def test_only_the_whole_benchmark_on_test_seeds_is_called_quality():
 
 
 def test_a_preset_on_test_seeds_is_refused(capsys):
-    with pytest.raises(SystemExit):
-        quality.main(["--preset", '{"start": 0.2}'])
-    assert "nothing may be chosen on the test seeds" in capsys.readouterr().err
+    for words in (["--preset", '{"start": 0.2}'], ["--choose"]):
+        with pytest.raises(SystemExit):
+            quality.main(words)
+        assert "nothing may be chosen on the test seeds" in capsys.readouterr().err
 
 
 # The random direction
@@ -147,9 +216,9 @@ def deviations(images=5, seed=1):
 
 def test_the_push_is_as_long_as_suppresss_and_lies_along_the_random_direction():
     plain = vector()
-    step = _methods.with_random_direction(plain, deviations(), draw=0).at(SITE, 3.0)
+    step = _controls.with_random_direction(plain, deviations(), draw=0).at(SITE, 3.0)
     a = torch.randn(2, 4, WIDTH, generator=torch.Generator().manual_seed(2))
-    push = _methods.PushElsewhere(2.0)(a, step) - a
+    push = _controls.PushElsewhere(2.0)(a, step) - a
     projections = (a @ plain.at(SITE, 3.0).directions[0]).clamp_min(0)
     torch.testing.assert_close(push.norm(dim=-1), 2 * projections)
     generator = torch.Generator().manual_seed(0)
@@ -160,13 +229,13 @@ def test_the_push_is_as_long_as_suppresss_and_lies_along_the_random_direction():
 
 
 def test_draws_differ_and_each_is_repeatable():
-    first, again, other = (_methods.with_random_direction(vector(), deviations(), draw) for draw in (0, 0, 1))
+    first, again, other = (_controls.with_random_direction(vector(), deviations(), draw) for draw in (0, 0, 1))
     assert first.content_hash() == again.content_hash() != other.content_hash()
 
 
 def test_random_directions_follow_the_within_class_covariance():
     lean = deviations()[SITE] * torch.tensor([10.0, 1, 1, 1, 1, 1])
-    drawn = [_methods.with_random_direction(vector(), {SITE: lean}, draw).at(SITE, 9.0) for draw in range(200)]
+    drawn = [_controls.with_random_direction(vector(), {SITE: lean}, draw).at(SITE, 9.0) for draw in range(200)]
     directions = torch.stack([step.projections[0] @ step.directions for step in drawn])
     shares = directions.square().mean(0)
     assert shares[0] > 0.8 and shares.sum() == pytest.approx(1.0, abs=1e-4)
@@ -174,7 +243,7 @@ def test_random_directions_follow_the_within_class_covariance():
 
 
 def test_token_means_are_kept_an_image_and_centred_at_each_level():
-    means = _methods.TokenMeans()
+    means = _controls.TokenMeans()
     for value in (1.0, 3.0):
         means.observe(SITE, 2.0, torch.full((1, 4, WIDTH), value))
         means.observe(SITE, 1.0, torch.full((1, 4, WIDTH), 10 * value))
@@ -295,20 +364,20 @@ def test_comments_layout_and_docstrings_do_not_count_as_code(tmp_path):
 
 
 def test_what_is_planned_costs_nothing_once_it_is_there():
-    method = _methods.Method(
-        "ours", "strength", (1.0, 2.0), 2.0, {}, lambda *_: None, vectors=((PAIRS[0], "paired", 8),)
-    )
-    jobs, seeds, there = {PAIRS[0]: {"ours": method}}, quality.Seeds(range(30), range(30)), set()
+    method = _method.Method("ours", "strength", (1.0, 2.0), {}, lambda *_: None, vectors=((PAIRS[0], "paired", 8),))
+    seeds, there = quality.Seeds(range(30), range(30)), set()
+    reported = {PAIRS[0]: {"ours": (method, 2.0)}}
+    jobs = quality.settings_of({PAIRS[0]: {"ours": (method,)}}, reported, seeds)
     store = SimpleNamespace(
         is_scored=lambda _pair, _method, value, part: (value, part) in there,
         has_factual=lambda _pair, part: part in there,
         vector_path=lambda *_: SimpleNamespace(is_file=lambda: "vector" in there),
     )
-    assert quality.cost_left(store, jobs, seeds) == 30 + 2 * 30 + 2 * 8
+    assert quality.cost_left(store, jobs) == 30 + 2 * 30 + 2 * 8
     there |= {"vector", *quality.chunks(range(30)), (1.0, range(0, 20))}
-    assert quality.cost_left(store, jobs, seeds) == 10 + 30
+    assert quality.cost_left(store, jobs) == 10 + 30
     there |= {(value, part) for value in (1.0, 2.0) for part in quality.chunks(range(30))}
-    assert quality.cost_left(store, jobs, seeds) == 0
+    assert quality.cost_left(store, jobs) == 0
 
 
 # Pictures
@@ -325,7 +394,7 @@ def test_the_sheets_mosaic_holds_every_image_in_its_place():
 def test_the_plot_is_drawn_though_numbers_are_missing():
     row = {"flip": 0.5, "ssim_outside": 0.9, "anatomy_drift": 1.0}
     none = dict.fromkeys(row)
-    methods = {"ours": {**row, "curve": [row, none]}, "sdedit": {**none, "curve": [none]}}
+    methods = {"recipe": {**row, "curve": [row, none]}, "sdedit": {**none, "curve": [none]}}
     record = {"methods": methods, "ceiling": row, "diffuse": False, "split": "test"}
     picture = _curves.plot({Pair("polyps", "normal cecum").name: record})
     assert picture.shape[0] == 3 and picture.std() > 0.05

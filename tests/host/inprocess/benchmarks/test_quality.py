@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
+import torch
 
 from benchmarks.evidence import quality
 from benchmarks.evidence._methods import methods
@@ -47,8 +48,8 @@ def measure(lab, folder, presets, monkeypatch):
 
     def run(name, store=None, chosen=presets):
         store = store or Store(lab, folder, comfyui_version())
-        method = methods(lab, store, PAIR, chosen)[name]
-        return quality.summary(quality.results(store, PAIR, method, method.headline, SEEDS))
+        method = methods(lab, store, PAIR, chosen)[name][0]
+        return quality.summary(quality.results(store, PAIR, method, method.values[0], SEEDS))
 
     return run
 
@@ -60,8 +61,31 @@ def is_good(record):
 
 
 def test_our_preset_flips_and_keeps_the_rest(measure):
-    record = measure("ours")
+    record = measure("recipe")
     assert is_good(record), record
+
+
+def test_many_strengths_at_once_are_each_as_if_made_alone(lab, folder, presets):
+    store = Store(lab, folder, comfyui_version())
+    method = next(arm for arm in methods(lab, store, PAIR, presets)["vector"] if "lock" in arm.arm)
+    chunk, _ = store.factual(PAIR, SEEDS[:2])
+    together = method.run_many(chunk, (1.0, 2.0))
+    assert together.shape == (2, *chunk.latents.shape)
+    for made, strength in zip(together, (1.0, 2.0), strict=True):
+        assert torch.equal(made, method.run(chunk, strength))
+
+
+def test_the_prompt_alone_under_the_vectors_lock_changes_nothing_outside_and_does_not_steer(lab, folder, presets):
+    store = Store(lab, folder, comfyui_version())
+    method = methods(lab, store, PAIR, presets)["prompt_switch_lock"][1]
+    chunk, _ = store.factual(PAIR, SEEDS[:2])
+    made = method.run(chunk, 0.45)
+    same = (made == chunk.latents).all(1)
+    assert 0.3 < float(same.float().mean()) < 0.95
+    free = methods(lab, store, PAIR, presets)["prompt_switch"][0].run(chunk, 0.45)
+    assert float((made - free)[~same[:, None].expand_as(made)].abs().mean()) < float(
+        (chunk.latents - free).abs().mean()
+    )
 
 
 def test_strength_zero_changes_no_byte(measure):
@@ -108,7 +132,7 @@ def of_the_swapped_pair(good, pair, noise, samples):
 @pytest.mark.parametrize("change", [with_flipped_sign, of_the_swapped_pair])
 def test_a_wrong_vector_fails_the_thresholds(measure, lab, folder, tmp_path, change):
     good = Store(lab, folder, comfyui_version())
-    record = measure("ours", BrokenStore(lab, tmp_path, good, change))
+    record = measure("recipe", BrokenStore(lab, tmp_path, good, change))
     assert not is_good(record), record
 
 
@@ -122,11 +146,11 @@ def test_a_dropped_hook_is_an_error_and_without_that_check_fails_the_thresholds(
     store = BrokenStore(lab, tmp_path, good, unchanged)
     monkeypatch.setattr(calls, "hooks", lambda sites, visit: nullcontext())
     with pytest.raises(MedSteerError, match="There is no concept map: .*the steering changes nothing here"):
-        measure("ours", store)
+        measure("recipe", store)
     unlocked = replace(presets, ours={"removing": replace(presets.ours["removing"], lock="none")})
     with pytest.raises(MedSteerError, match="changed nothing"):
-        measure("ours", store, unlocked)
+        measure("recipe", store, unlocked)
     monkeypatch.setattr(calls, "check_touched", lambda run: None)
-    record = measure("ours", store, unlocked)
+    record = measure("recipe", store, unlocked)
     assert not is_good(record), record
     assert record["flip"] == 0.0
