@@ -50,7 +50,10 @@ function addNote(node) {
   return widget;
 }
 
+const heights = new WeakMap(); // of somebody else's nodes, before they grew by what the pack has to say
+
 function show(node, note) {
+  if (!isOurs(node) && !heights.has(node)) heights.set(node, node.size[1]);
   const widget = node.widgets?.find((one) => one.name === NOTE) ?? addNote(node);
   widget.element.firstChild.textContent = note;
   // On somebody else's node it comes unawares and may reach over the next one's title: legible there too.
@@ -62,6 +65,8 @@ function clear(node) {
   const widget = node?.widgets?.find((one) => one.name === NOTE);
   if (!widget) return;
   node.removeWidget(widget);
+  if (heights.has(node)) node.setSize([node.size[0], Math.max(heights.get(node), node.computeSize()[1])]);
+  heights.delete(node);
   node.setDirtyCanvas(true, true);
 }
 

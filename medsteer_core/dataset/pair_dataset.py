@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from ..errors import MedSteerError
+from ..files.same_bytes import canonical_json
 from .boxes import coco_of, yolo_files
 from .card import card
 from .png import mask_png
@@ -139,6 +140,14 @@ class PairDataset:
             self._write_boxes(lines, boxes)
             self._write("README.md", [card(lines).encode()])
         return {split: counts[split] for split in SPLITS}
+
+    def labels(self) -> list[dict[str, str]]:
+        """What the pairs of the index were meant to show, each of it once."""
+        with self._told("read the index"):
+            lines = [line for split in SPLITS if self.store.exists(name := f"{split}/metadata.jsonl")
+                     for line in _read_lines(self.store.read(name)).values()]  # fmt: skip
+        every = {canonical_json(label): label for line in map(json.loads, lines) if (label := line["intended_label"])}
+        return [every[key] for key in sorted(every)]
 
     def _lines(self) -> _Lines:
         """The metadata of every pair, sorted by id."""

@@ -15,10 +15,21 @@ from ..errors import MedSteerError
 from ..judges.judge import Judge, Opinion, Terms, doubt_about
 from ..scores.images import checked_pair, compare
 from ..scores.scorer import ENDOPHANTOM, score_pairs
+from ..scores.verdict import classes_doubt
 from .boxes import boxes_of
 from .pair_dataset import NO_BOXES, PairDataset, check_boxes
 from .png import image_png, in_levels, mask_png
-from .records import BY_CLASSES, COUNTERFACTUAL, FINDING_IN, IN_BOTH, SIDES, STRENGTH_ZERO, finish, is_real
+from .records import (
+    BY_CLASSES,
+    COUNTERFACTUAL,
+    FINDING_IN,
+    IN_BOTH,
+    SIDES,
+    STRENGTH_ZERO,
+    finish,
+    is_real,
+    pair_id_of,
+)
 from .splits import AUTO, check_unseen, split_of
 
 USER, SEGMENTER, NO_MASK = "user", "segmenter", "none"
@@ -63,19 +74,27 @@ class Saved:
     records: list[dict[str, Any]]
     new: int
     counts: Mapping[str, int]
-    doubt: str = ""  # about the judge
+    doubts: Sequence[str] = ()  # about the judge, the classes, and pairs that are there as something else
 
     def in_words(self, folder: str) -> str:
         """Two or three lines on it."""
         counts = ", ".join(f"{split} {count}" for split, count in self.counts.items())
         others = "; the others were there" if self.new < len(self.records) else ""
         lines = [f"{self.new} of {len(self.records)} pairs are new in {folder}{others}", f"the folder now: {counts}"]
-        flips = [record["score"]["flipped"] for record in self.records if "flipped" in (record["score"] or {})]
-        if flips:
-            lines.append(f"flipped, says the judge: {sum(flips)} of {len(flips)}")
+        lines += _flips_in_words([record["score"] for record in self.records if "flipped" in (record["score"] or {})])
         sources = ", ".join(sorted({record["mask_source"] for record in self.records}))
-        doubt = [f"Warning: {self.doubt}"] if self.doubt else []
-        return "\n".join([*lines, f"mask_source: {sources}", *doubt])
+        return "\n".join([*lines, f"mask_source: {sources}", *(f"Warning: {doubt}" for doubt in self.doubts)])
+
+
+def _flips_in_words(scores: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the judge says of the pairs that count: those whose factual is of the source class (and like a render)."""
+    if not scores:
+        return []
+    counted = [score for score in scores if score["accepted"]]
+    told = f"{sum(score['flipped'] for score in counted)} of {len(counted)}" if counted else "none counted"
+    rest = len(scores) - len(counted)
+    why = f"; {rest} not counted, whose factual is not its source class or unlike what it knows" if rest else ""
+    return [f"flipped, says the judge: {told}{why}"]
 
 
 def save_pairs(dataset: PairDataset, request: SaveRequest) -> Saved:
@@ -102,7 +121,25 @@ def save_pairs(dataset: PairDataset, request: SaveRequest) -> Saved:
         added = dataset.add(record, *pictures, mask)
         new += added
         records.append(record if added else dataset.record(record["pair_id"]))
-    return Saved(records, new, dataset.write_index(request.boxes), doubt_about(request.judge))
+    counts = dataset.write_index(request.boxes)
+    asked = ""
+    if request.judge is not None:
+        asked = classes_doubt(opinions.scores[0]["source"], [label["factual"] for label in opinions.labels])
+    doubts = [doubt_about(request.judge), asked, _labelled_otherwise(dataset, records) if new else ""]
+    return Saved(records, new, counts, list(filter(None, doubts)))
+
+
+def _labelled_otherwise(dataset: PairDataset, records: Sequence[Mapping[str, Any]]) -> str:
+    """A warning where pairs stand in the folder a second time, with other labels, else ""."""
+    own = records[0]["intended_label"]
+    for label in dataset.labels():
+        ids = [pair_id_of(record["made"], label, record["arm"]) for record in records]
+        if label != own and (there := sum(map(dataset.has, ids))):
+            return (
+                f"{there} of these pairs stand in the folder as '{label['factual']}' and '{label['counterfactual']}' "
+                "too. Take another folder, or delete the records of those that are wrong."
+            )
+    return ""
 
 
 def _levels(request: SaveRequest) -> tuple[np.ndarray, np.ndarray]:

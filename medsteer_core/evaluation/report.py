@@ -24,6 +24,7 @@ from ..scores.images import mean
 from ..scores.lpips import load_lpips
 from ..scores.pair import PairScore, rounded, structure_measure
 from ..scores.scorer import score_pairs, summarise
+from ..scores.verdict import classes_doubt
 
 # A pixel is of the finding from here on, by where the mask comes from: a map's is the structure lock's own.
 MASK_FROM = {"concept map": 0.2, "prediction difference": 0.2, "user": 0.5, "segmenter": 0.5}
@@ -165,7 +166,8 @@ def report(pairs: Iterable[Scored], judge: Judge, notes: Sequence[str] = ()) -> 
     zero = by_arm.get(STRENGTH_ZERO, [])
     same = sum(pair.score.identical for pair in zero)
     sources = sorted({pair.mask_source for pair in every})
-    doubts = filter(None, [doubt_about(judge)])
+    asked = classes_doubt(every[0].score.source, [pair.score.factual_label for pair in every])
+    doubts = filter(None, [doubt_about(judge), asked])
     return {
         "judge": judge.identity,
         "source": every[0].score.source,

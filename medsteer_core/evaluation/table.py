@@ -74,7 +74,7 @@ def text(report: Mapping[str, Any]) -> str:
 
 def in_short(report: Mapping[str, Any]) -> str:
     """Flip rates and the null test, a line each."""
-    doubts = [note for note in report["notes"] if note.startswith(GUESSES)]
+    doubts = [note for note in report["notes"] if note.startswith(GUESSES) or "source_class" in note]
     return "\n".join([*(f"{arm['arm']}: {flip_rate(arm)}" for arm in report["arms"]), null_test(report), *doubts])
 
 
@@ -101,7 +101,8 @@ def footnotes(report: Mapping[str, Any]) -> list[str]:
 
 def counted(arm: Mapping[str, Any], source: str) -> str:
     """An arm's denominator in words."""
-    return f"{arm['accepted']} of {arm['n']} pairs counted, whose factual the judge calls '{source}'"
+    told = f"{arm['accepted']} of {arm['n']} pairs counted, whose factual the judge calls '{source}'"
+    return told if arm["distance"] is None and arm["accepted"] else f"{told} and finds like its training's images"
 
 
 def null_test(report: Mapping[str, Any]) -> str:

@@ -137,6 +137,14 @@ def difference_legend(figure, layout: Layout, scale: int, x: float, width: float
     }
     colour_bar(figure, bar, COLOURS, -scale, scale, words, size)
     left, right = "\N{BLACK LEFT-POINTING TRIANGLE}", "\N{BLACK RIGHT-POINTING TRIANGLE}"
-    write(figure, layout, f"{left} darker in counterfactual", x, top + 18 * unit, size, align="left")
-    write(figure, layout, f"brighter in counterfactual {right}", x + width, top + 18 * unit, size, align="right")
-    write(figure, layout, "luminance, 8-bit levels", x + width / 2, top + 67 * unit, size - 1, color=FAINT)
+    write(figure, layout, f"{left} darker", x, top + 18 * unit, size, align="left")
+    write(figure, layout, f"brighter {right}", x + width, top + 18 * unit, size, align="right")
+    write(
+        figure,
+        layout,
+        "counterfactual minus factual, 8-bit levels",
+        x + width / 2,
+        top + 67 * unit,
+        size - 1,
+        color=FAINT,
+    )

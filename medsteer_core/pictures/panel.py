@@ -16,7 +16,7 @@ from .drawing import FAINT, Layout, axes_at, colour_bar, fitted, new_figure, pix
 MOST_ROWS = 4
 CAPTIONS = ("factual", "counterfactual", "difference", "concept map")
 MAP_COLOURS = "viridis"
-_TITLE, _WORDS, _SMALL = 24, 21, 17
+_TITLE, _WORDS, _SMALL = 25, 23, 20
 
 
 def pair_panel(factuals: Tensor, counterfactuals: Tensor, concept_map: Tensor | None = None) -> Tensor:
@@ -32,7 +32,7 @@ def pair_panel(factuals: Tensor, counterfactuals: Tensor, concept_map: Tensor | 
     a, b = a[:shown], b[:shown]
     levels, compared = luminance_difference(a, b), compare_pairs(a, b)
     columns = 3 if maps is None else 4
-    layout = Layout(fitted(a.shape[-2:], 300), shown, columns, top=52, bottom=196, row_gap=52, least_width=968)
+    layout = Layout(fitted(a.shape[-2:], 224), shown, columns, top=52, bottom=216, row_gap=52, least_width=968)
     figure, scale = new_figure(layout), difference_scale(levels)
     for column, caption in enumerate(CAPTIONS[:columns]):
         x = layout.at(0, column)[0] + layout.cell[1] / 2
@@ -46,7 +46,7 @@ def pair_panel(factuals: Tensor, counterfactuals: Tensor, concept_map: Tensor | 
         words = _numbers(compared.get("pairs", [compared])[row])
         below = layout.at(row, 0)[1] + layout.cell[0] + 24
         write(figure, layout, words, layout.width / 2, below, _WORDS, fit=layout.width - 24)
-    _legends(figure, layout, scale, maps is not None)
+    _legends(figure, layout, scale, maps)
     if count > shown:
         words = f"first {shown} of {count} pairs; {count - shown} left out"
         write(figure, layout, words, layout.width / 2, layout.height - 16, _SMALL, color=FAINT)
@@ -82,17 +82,18 @@ def _numbers(compared: Mapping[str, Any]) -> str:
     )
 
 
-def _legends(figure, layout: Layout, scale: int, has_map: bool) -> None:
+def _legends(figure, layout: Layout, scale: int, maps: Tensor | None) -> None:
     """Below the last row's numbers: what the difference's colours mean, and beside it those of the concept map."""
     lowered = Layout(**{**vars(layout), "bottom": layout.bottom - 46})
     half = (layout.width - 24) / 2
     width = min(520.0, half - 20)
-    if not has_map:
-        difference_legend(figure, lowered, scale, (layout.width - width) / 2, width, 16)
+    if maps is None:
+        difference_legend(figure, lowered, scale, (layout.width - width) / 2, width, _SMALL)
         return
-    difference_legend(figure, lowered, scale, 28, width - 16, 16)
-    left, top, unit = 12 + half + 20, layout.height - lowered.bottom, 16 / 11
+    difference_legend(figure, lowered, scale, 28, width - 16, _SMALL)
+    left, top, unit = 12 + half + 20, layout.height - lowered.bottom, _SMALL / 11
     bar = axes_at(figure, layout, left + 24, top + 30 * unit, width - 48, 12 * unit)
-    colour_bar(figure, bar, MAP_COLOURS, 0, 1, {0: "0", 0.5: "0.5", 1: "1"}, 16)
-    write(figure, layout, "concept map: where steering acts", left + width / 2, top + 18 * unit, 16)
-    write(figure, layout, "share of its largest value", left + width / 2, top + 67 * unit, 15, color=FAINT)
+    colour_bar(figure, bar, MAP_COLOURS, 0, 1, {0: "0", 0.5: "0.5", 1: "1"}, _SMALL)
+    words = "concept map: where it acts most" if bool(maps.any()) else "concept map: empty, no lock asked for one"
+    write(figure, layout, words, left + width / 2, top + 18 * unit, _SMALL, fit=width)
+    write(figure, layout, "share of its largest value", left + width / 2, top + 67 * unit, _SMALL, color=FAINT)

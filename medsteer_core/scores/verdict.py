@@ -18,8 +18,8 @@ from .parts import DISTANCE_LIMIT, halves
 from .regions import dilated, mean_where
 
 ADVICE = (
-    "Try a higher strength or cfg, an earlier start, a larger mask or lock, or another seed; to add a finding, "
-    "template 3 Add a finding."
+    "To add a finding, use template 3 Add a finding. To take one away, try another seed, an earlier "
+    "counterfactual_start, a higher cfg or, with Steer, a higher strength; under a lock or a mask, a larger one."
 )
 MOST_WAYS = 3  # of before and after that are told apart
 
@@ -52,12 +52,24 @@ def verdict(factuals: Tensor, counterfactuals: Tensor, judge: Judge | None, mask
     if any(far):
         which = "This factual image is" if len(a) == 1 else f"{sum(far)} of {len(a)} factual images are"
         lines.append(
-            f"{which} unlike anything that the judge was trained on, so that it has no say. Choose a judge of such "
-            "images, or none."
+            f"{which} unlike anything that the judge was trained on, so that it has no say. Look at the "
+            "prompts for words that the model does not know, or choose a judge of such images, or none."
         )
         if all(far):
             lines.append(f"{_capital(_kept(a, b, mask))}.")
     return "\n".join([*lines, *doubt])
+
+
+def classes_doubt(source: str, labels: Sequence[str]) -> str:
+    """A question where a judge gives most factual images one class, and not the ``source`` that they are said to have,
+    else ""."""
+    seen, count = Counter(labels).most_common(1)[0] if labels else (source, 0)
+    if seen == source or 2 * count <= len(labels):
+        return ""
+    return (
+        f"The judge calls {count} of {len(labels)} factual images '{seen}', and source_class is '{source}'. Are the "
+        "classes those of the prompts?"
+    )
 
 
 def _far(answers: Answers) -> list[bool]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...errors import MedSteerError
+from ...steering.operators import Operator
 from ...steering.plan import SteeringPlan
 from ...steering.token_map import mask_for_latent, smoothed, threshold_mask
 from ..patching.checks import check_reachable
@@ -182,13 +184,21 @@ def _allowed(run: PairRun, given: Tensor | None, shown: Tensor | None) -> tuple[
     return threshold_mask(shown, request.threshold, request.dilation), request.lock
 
 
+def _steered_by(operators: Sequence[Operator], multiples: Sequence[float]) -> str:
+    """By which operators and how strongly: as Steer counts it where there is one, else as times of Steer's."""
+    strength = getattr(operators[0], "strength", None)
+    if len(operators) == 1 and strength is not None:
+        return f"{operators[0].name}, strength {', '.join(f'{strength * multiple:g}' for multiple in multiples)}"
+    names, times = ", ".join(operator.name for operator in operators), ", ".join(f"{each:g}" for each in multiples)
+    return f"{names}; Steer's strengths x {times}"
+
+
 def _in_words(run: PairRun, source: str, share: float) -> str:
     request, images = run.request, len(run.latents)
     seed, schedule = getattr(request.noise, "seed", request.seed), request.schedule
     origin = "of a real image" if request.real else f"seed {seed}, {schedule.sampler_name}"
-    times = ", ".join(f"{multiple:g}" for multiple in request.multiples)
-    operators = ", ".join(steering.operator.name for steering in run.plan.steerings)
-    ways = [f"{operators}; strength x {times}"] if operators else []
+    operators = [steering.operator for steering in run.plan.steerings]
+    ways = [_steered_by(operators, request.multiples)] if operators else []
     if run.takes_over is not None:
         ways.append(f"the counterfactual prompt from counterfactual_start {request.start_percent:g} on")
     cost = f"cost: {run.cost:.2f} times one image" + (f", {run.tokens}" if run.tokens else "")

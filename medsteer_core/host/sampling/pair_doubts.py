@@ -20,7 +20,8 @@ MOST_NUMBERS = 8
 
 def doubts_of(plan: SteeringPlan, request: PairRequest) -> list[str]:
     """Warnings before anything is sampled: inputs that are not of the recipe that they are said to be of, another
-    recipe at Steer, words that the model does not know, Steer nodes whose steering did not get here."""
+    recipe at Steer, strengths without a Steer, words that the model does not know, Steer nodes
+    whose steering did not get here."""
     mine = request.recipe
     inputs = {
         "lock": request.lock, "lock_threshold": request.threshold, "lock_dilation": request.dilation,
@@ -31,6 +32,8 @@ def doubts_of(plan: SteeringPlan, request: PairRequest) -> list[str]:
     told = [apart(mine, inputs, IMAGE_RECIPES if request.real else SAMPLER_RECIPES), unknown and f"Warning: {unknown}"]
     if mine != CUSTOM and others:
         told.append(f"Warning: recipe says '{mine}' here and '{min(others)}' at Steer. Choose the same in both.")
+    if not plan.steerings and any(multiple != 1 for multiple in request.multiples):
+        told.append("Warning: strengths are times that of Steer, and no Steer leads to this model: they do nothing.")
     if request.steer_nodes > len(plan.steerings):
         told.append(
             f"Warning: {request.steer_nodes} Steer nodes lead to this model and {len(plan.steerings)} act: a node that "

@@ -89,6 +89,32 @@ def test_a_judge_labels_scores_and_marks_what_is_saved(dataset):
     assert "flipped, says the judge: 1 of 2" in saved.in_words("x")
 
 
+class Strict(Phantom):
+    """A judge that finds a factual unlike what it knows: its pair does not count."""
+
+    def __call__(self, images):
+        answers = super().__call__(images)
+        distances = torch.full((len(images),), 0.5)
+        distances[0] = 2.0
+        return replace(answers, distances=distances)
+
+
+def test_the_rate_is_of_the_pairs_that_count_as_in_the_evaluation(dataset):
+    said = save_pairs(dataset, request(judge=Strict())).in_words("x")
+    assert "flipped, says the judge: 0 of 1; 1 not counted" in said
+
+
+def test_classes_that_are_not_what_the_judge_sees_are_asked_about(dataset):
+    saved = save_pairs(dataset, request(judge=Phantom(), source="normal cecum", target="polyps"))
+    assert "none counted" in saved.in_words("x")
+    assert "The judge calls 2 of 2 factual images 'polyps', and source_class is 'normal cecum'." in saved.in_words("x")
+    right = save_pairs(dataset, request(judge=Phantom()))
+    assert "source_class" not in right.in_words("x")
+    assert "2 of these pairs stand in the folder as 'normal cecum' and 'polyps' too" in right.in_words("x")
+    again = save_pairs(dataset, request(judge=Phantom()))
+    assert again.new == 0 and "stand in the folder as" not in again.in_words("x")
+
+
 def test_a_finding_for_another_is_marked_on_both_sides(dataset):
     (record,) = save_pairs(
         dataset,

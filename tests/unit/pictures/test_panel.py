@@ -7,7 +7,7 @@ from medsteer_core.errors import MedSteerError
 from medsteer_core.pictures.panel import pair_panel
 
 GREY = torch.full((1, 3, 32, 32), 0.5)
-CELL, LEFT, TOP = 300, 12, 52
+CELL, LEFT, TOP, BOTTOM = 224, 24, 52, 216
 
 
 def brighter(count=1):
@@ -24,7 +24,7 @@ def test_the_tiles_are_factual_counterfactual_difference_and_concept_map():
     concept = torch.zeros(1, 32, 32)
     concept[:, 8:24, 8:24] = 1.0
     panel = pair_panel(GREY, brighter(), concept)
-    assert panel.shape == (3, TOP + CELL + 196, 24 + 4 * CELL + 24)
+    assert panel.shape == (3, TOP + CELL + BOTTOM, 968)
     torch.testing.assert_close(panel[(slice(None), *centre(0))], torch.full((3,), 0.5), atol=0.01, rtol=0)
     torch.testing.assert_close(panel[(slice(None), *centre(1))], torch.full((3,), 0.7), atol=0.01, rtol=0)
     red, _, blue = panel[(slice(None), *centre(2))]
@@ -33,7 +33,7 @@ def test_the_tiles_are_factual_counterfactual_difference_and_concept_map():
 
 
 def test_without_a_concept_map_there_are_three_tiles():
-    assert pair_panel(GREY, brighter()).shape == (3, TOP + CELL + 196, 968)
+    assert pair_panel(GREY, brighter()).shape == (3, TOP + CELL + BOTTOM, 968)
 
 
 def test_a_map_in_latent_pixels_or_of_one_image_fits_every_pair():

@@ -47,7 +47,7 @@ def test_a_diffuse_finding_is_told_with_the_drift_of_the_anatomy():
 def test_a_pair_that_did_not_flip_says_so():
     said = verdict(renders("polyps"), renders("polyps", noise=2), embedded_judges())
     assert said.startswith("Polyps before and after; SSIM outside the finding 0.9")
-    assert "It did not work: the judge sees no change. Try" in said
+    assert "It did not work: the judge sees no change. To add a finding, use template 3" in said
 
 
 def test_equal_images_are_told_before_any_judge_is_asked():
@@ -69,7 +69,7 @@ def test_several_pairs_are_counted_by_what_became_of_them():
     judge = Says([0, 0, 0, 0, 1, 1, 0, 1], [0.1, 0.1, 0.1, 2.0, 0.1, 3.0, 0.1, 0.1])
     said = verdict(a, b, judge).splitlines()
     assert said[0].startswith("Sick before, well after: 2 of 3; sick before and after: 1 of 3; SSIM of the whole image")
-    assert said[1].startswith("In 1 of 3 it did not work. Try a higher strength")
+    assert said[1].startswith("In 1 of 3 it did not work. To add a finding")
     assert said[2] == "1 of 4 counterfactuals are unlike anything that the judge was trained on."
     assert said[3].startswith("1 of 4 factual images are unlike anything")
 

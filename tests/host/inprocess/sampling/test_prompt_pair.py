@@ -99,7 +99,15 @@ def test_steering_may_act_too(pixart):
     named = tiny.steered(pixart, tiny.vector(pixart), operator="suppress", strength=2.0, start=0.6, rows="positive")
     late = sample_pair(named, request(named))  # after the takeover the other prompt's rows are the positive ones
     assert (late.counterfactual - prompt.counterfactual).abs().mean() > 1e-2
-    assert "strength x 1; the counterfactual prompt" in late.summary
+    assert "(suppress, strength 2; the counterfactual prompt" in late.summary
+    twice = sample_pair(named, request(named, multiples=(0.5, 1.5)))
+    assert "(suppress, strength 1, 3; the counterfactual prompt" in twice.summary
+
+
+def test_strengths_without_a_steer_are_told(pixart):
+    told = sample_pair(pixart, request(pixart, multiples=(2.0,))).summary
+    assert "no Steer leads to this model: they do nothing" in told
+    assert "no Steer leads" not in sample_pair(pixart, request(pixart)).summary
 
 
 def test_the_tokens_of_its_mask_will_do(pixart):
