@@ -7,6 +7,7 @@ from comfy_api.latest import ComfyExtension, io
 from ..medsteer_core.host.folders.copies import tell_of_another_copy
 from ..medsteer_core.host.folders.vectors import register_folder
 from ..medsteer_core.host.loading.embedded import register_vae
+from .calibrate import CalibrateStrength
 from .combine import CombineVectors
 from .contexts import PromptContexts
 from .counterfactual import CounterfactualCompare
@@ -38,6 +39,7 @@ NODES: list[type[io.ComfyNode]] = [
     PixArtSigmas,
     Steer,
     CounterfactualSampler,
+    CalibrateStrength,
     CounterfactualOfImage,
     PhantomImage,
     CounterfactualCompare,

@@ -31,7 +31,7 @@ def asked_size(prompt: dict[str, Any] | None, node_id: str | None, input_name: s
 
 
 _STEER = "MedSteer_Steer"
-_SAMPLERS = ("MedSteer_CounterfactualSampler", "MedSteer_CounterfactualOfImage")
+_SAMPLERS = ("MedSteer_CounterfactualSampler", "MedSteer_CalibrateStrength", "MedSteer_CounterfactualOfImage")
 _CONCEPT_MAP, _MASK = 2, 3  # their outputs by their place
 
 

@@ -178,29 +178,11 @@ class CounterfactualSampler(io.ComfyNode):
         kept_memory=0.0,
         recipe=CUSTOM,
     ) -> io.NodeOutput:
-        request = PairRequest(
-            positive=positive,
-            negative=negative,
-            latent=latent_image,
-            seed=seed,
-            cfg=cfg,
-            schedule=sampling.schedule(model, steps, sampler_name, scheduler, sampler, sigmas),
-            multiples=multiples_of(strengths),
-            mask=mask,
-            lock=lock,
-            threshold=lock_threshold,
-            dilation=lock_dilation,
-            noise=noise,
-            counterfactual=counterfactual,
-            start_percent=counterfactual_start,
-            smoothing=lock_smoothing,
-            computed_tokens=computed_tokens,
-            kept_gigabytes=kept_memory,
-            recipe=recipe,
-            asked_size=asked_size(cls.hidden.prompt, cls.hidden.unique_id, "latent_image"),
-            steer_nodes=steer_nodes(cls.hidden.prompt, cls.hidden.unique_id),
-            texts={name: prompt_text(cls.hidden.prompt, cls.hidden.unique_id, name) for name in PROMPTS},
-        )
+        request = request_of(
+            cls.hidden, model, positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, lock,
+            lock_threshold, lock_dilation, sampler, sigmas, noise, mask, counterfactual, counterfactual_start,
+            lock_smoothing, computed_tokens, kept_memory, recipe, multiples_of(strengths),
+        )  # fmt: skip
         pair = sample_pair(model, request)
         return io.NodeOutput(
             {"samples": pair.factual},
@@ -211,3 +193,34 @@ class CounterfactualSampler(io.ComfyNode):
             pair.records,
             ui=note(pair.summary),
         )
+
+
+def request_of(
+    hidden, model, positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, lock, lock_threshold,
+    lock_dilation, sampler=None, sigmas=None, noise=None, mask=None, counterfactual=None, counterfactual_start=0.45,
+    lock_smoothing=0, computed_tokens=ALL, kept_memory=0.0, recipe=CUSTOM, multiples=(1.0,),
+) -> PairRequest:  # fmt: skip
+    """The inputs of a node that samples pairs, with what the graph says of them."""
+    return PairRequest(
+        positive=positive,
+        negative=negative,
+        latent=latent_image,
+        seed=seed,
+        cfg=cfg,
+        schedule=sampling.schedule(model, steps, sampler_name, scheduler, sampler, sigmas),
+        multiples=multiples,
+        mask=mask,
+        lock=lock,
+        threshold=lock_threshold,
+        dilation=lock_dilation,
+        noise=noise,
+        counterfactual=counterfactual,
+        start_percent=counterfactual_start,
+        smoothing=lock_smoothing,
+        computed_tokens=computed_tokens,
+        kept_gigabytes=kept_memory,
+        recipe=recipe,
+        asked_size=asked_size(hidden.prompt, hidden.unique_id, "latent_image"),
+        steer_nodes=steer_nodes(hidden.prompt, hidden.unique_id),
+        texts={name: prompt_text(hidden.prompt, hidden.unique_id, name) for name in PROMPTS},
+    )

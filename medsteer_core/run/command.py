@@ -17,6 +17,7 @@ from typing import Any
 
 from ..errors import MedSteerError
 from ..steering.recipes import RECIPES
+from .calibrated import with_calibration
 from .client import ComfyClient
 from .downloads import download
 from .overrides import Change, OverrideError, applied, changes_for, read_workflow, refuse_fractions, with_recipe
@@ -94,6 +95,12 @@ def parser() -> argparse.ArgumentParser:
         help="settings for a kind of change, written into Steer and Counterfactual Sampler before --set: "
         f"{', '.join(RECIPES)}",
     )
+    say(
+        "--calibrate",
+        metavar="'SOURCE -> TARGET'",
+        help="find for each image the least strength that takes it from one class to the other: Calibrate Strength in "
+        "the place of Counterfactual Sampler, whose judge, passes and most --set changes",
+    )
     say("--server", default=server, metavar="URL", help=f"default: %(default)s (environment variable {SERVER})")
     say("--output", type=Path, metavar="DIR", help="bring every image, file and text here")
     say("--overwrite", action="store_true", help="replace files in DIR that have other content")
@@ -149,6 +156,7 @@ def asked_for(chosen: argparse.Namespace) -> tuple[Workflow, list[Change]]:
     """The workflow with its new values, and what was changed; BadArguments."""
     try:
         workflow = with_recipe(read_workflow(chosen.workflow), chosen.recipe)
+        workflow = with_calibration(workflow, chosen.calibrate)
         changes = changes_for(workflow, chosen.settings)
     except WorkflowError as error:
         raise BadArguments(str(error)) from None

@@ -15,6 +15,7 @@ from ..steering.recipes import IMAGE_RECIPES, RECIPES, SAMPLER_RECIPES, STEER_RE
 from .workflow import Workflow, WorkflowError, node_title
 
 SEEDS = ("seed", "noise_seed")
+CALIBRATE = "MedSteer_CalibrateStrength"
 STEER, PAIR_SAMPLER, OF_IMAGE = "MedSteer_Steer", "MedSteer_CounterfactualSampler", "MedSteer_CounterfactualOfImage"
 
 
@@ -69,7 +70,8 @@ def with_recipe(workflow: Workflow, name: str | None) -> Workflow:
         return workflow
     if name not in RECIPES:
         raise OverrideError(f"there is no recipe '{shown(name)}'; one of {', '.join(RECIPES)} was expected.")
-    of_class = {STEER: STEER_RECIPES[name], PAIR_SAMPLER: SAMPLER_RECIPES[name], OF_IMAGE: IMAGE_RECIPES[name]}
+    of_pair = dict.fromkeys((PAIR_SAMPLER, CALIBRATE), SAMPLER_RECIPES[name])
+    of_class = {STEER: STEER_RECIPES[name], **of_pair, OF_IMAGE: IMAGE_RECIPES[name]}
     copy = json.loads(json.dumps(workflow))
     nodes = {i: node for i, node in copy.items() if node["class_type"] in of_class}
     if not nodes:
@@ -90,7 +92,8 @@ def with_recipe(workflow: Workflow, name: str | None) -> Workflow:
 
 def sampling_seeds(workflow: Workflow) -> list[tuple[str, str]]:
     """The inputs (node id, name) that seed sampled images."""
-    samplers = {i: n for i, n in workflow.items() if "Sampler" in n["class_type"] or n["class_type"] == "RandomNoise"}
+    others = ("RandomNoise", CALIBRATE)
+    samplers = {i: n for i, n in workflow.items() if "Sampler" in n["class_type"] or n["class_type"] in others}
     return [(i, name) for i, node in samplers.items() for name in SEEDS if name in node["inputs"]]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -50,6 +51,19 @@ def test_the_example_runs_and_its_pair_comes_here(command, tmp_path, capsys):
             assert "difference" in path.name or image.size == (128, 128)
             assert json.loads(image.text["prompt"])["8"]["inputs"]["seed"] == 7
     assert sorted(summary["files"]) == sorted(str(path) for path in tmp_path.rglob("*") if path.is_file())
+
+
+def test_each_image_gets_its_least_strength(command, tmp_path):
+    words = ("--set", "Extract Pathology Vector.samples=4", "--set", "passes=2", "--set", "Image size.batch_size=2")
+    assert command(*words, "--calibrate", "polyps -> normal cecum", "--output", str(tmp_path)) == run.DONE
+    told = "\n".join(path.read_text(encoding="utf-8") for path in (tmp_path / "texts").iterdir())
+    assert re.search(r"flipped \d of \d, each at the least strength that does it", told)
+    assert len(list((tmp_path / "medsteer").glob("counterfactual*"))) == 2
+
+
+def test_a_class_that_the_judge_does_not_know_is_told_before_anything_runs(command, capsys):
+    assert command("--calibrate", "polips -> normal cecum") == run.REFUSED
+    assert "polips" in capsys.readouterr().err
 
 
 def test_a_node_that_fails_is_named_by_its_title(command, capsys):

@@ -13,6 +13,7 @@ from torch import Tensor
 from ...endophantom.text import IGNORED
 
 MARK, TEXT = "medsteer_context", "medsteer_text"
+BY_IMAGE = ("pooled_output", "attention_mask")  # what of an entry may be one for each image, as its tensor may
 TOLD = (TEXT, IGNORED)  # of an entry, what the model is not given
 
 
@@ -77,6 +78,22 @@ def same_prompt(one: list, other: list) -> bool:
         and all(equal(value, b[1][key]) for key, value in given(a).items())
         for a, b in zip(one, other, strict=True)
     )
+
+
+def one_of(conditioning: list, place: int, images: int) -> list:
+    """The CONDITIONING of one image of a batch; itself where all images share it."""
+    if images == 1:
+        return conditioning
+    return [
+        [_one(tensor, place, images), {key: _one(value, place, images) if key in BY_IMAGE else value
+                                       for key, value in facts.items()}]
+        for tensor, facts in conditioning
+    ]  # fmt: skip
+
+
+def _one(value: Any, place: int, images: int) -> Any:
+    by_image = isinstance(value, Tensor) and value.ndim > 1 and len(value) == images
+    return value[place : place + 1] if by_image else value
 
 
 def _mark(entry: Any) -> int | None:

@@ -89,15 +89,87 @@ def sample_pair(model: ModelPatcher, request: PairRequest) -> Pair:
     Raises MedSteerError where there is neither, for samplers whose calls can't be answered from a record, and for
     masks that don't fit.
     """
+    plan, request, doubts = prepared(model, request)
+    plans = reachable(plan, request, request.multiples)
+    begun = begin(model, plan, request, len(plans))
+    counterfactual = torch.cat([begun.counterfactual(part) for part in plans])
+    run = begun.run
+    lock = lock_of(request, begun.allowed, begun.source, len(run.latents), begun.shown)
+    records = records_of(model, plan, request, run.latents, run.noise, lock, run.computed)
+    doubts += about_size(model, run.latents.shape, request.asked_size)
+    doubts += unchanged(begun.factual, counterfactual, records)
+    mask = begun.mask
+    return Pair(
+        factual=begun.factual,
+        counterfactual=counterfactual,
+        concept_map=run.enlarged(begun.map),
+        mask=run.enlarged(mask),
+        mask_source=begun.source,
+        summary="\n".join([_in_words(run, begun.source, float(mask.mean())), *doubts]),
+        records=records,
+    )
+
+
+def prepared(model: ModelPatcher, request: PairRequest) -> tuple[SteeringPlan, PairRequest, list[str]]:
+    """The model's steering on the request's schedule, the request with its lock chosen, and warnings about both.
+
+    Raises MedSteerError for what can't be sampled.
+    """
     plan = on_schedule(plan_of(model), model)
     doubts = doubts_of(plan, request)
     if request.lock == AUTOMATIC:
         request = replace(request, lock=CONCEPT if plan.steerings else PREDICTION)
     _check(plan, request)
-    plans = [plan.scaled(multiple) for multiple in request.multiples]
+    return plan, request, doubts
+
+
+def reachable(plan: SteeringPlan, request: PairRequest, multiples: Sequence[float]) -> list[SteeringPlan]:
+    """The plan at each multiple of its strengths. Raises MedSteerError for one that would never act."""
+    plans = [plan.scaled(multiple) for multiple in multiples]
     for part in plans:
         check_reachable(part, request.schedule.sigmas, {"positive": None, "negative": None})
-    run = (ImageRun if request.real else PairRun)(model, plan, request, len(plans))
+    return plans
+
+
+@dataclass(frozen=True, eq=False)
+class Begun:
+    """A factual, and where its counterfactuals may differ from it.
+
+    factual: latents (B, C, ...); allowed: (B, h, w) bool in latent pixels, None for everywhere; source: as of `Pair`;
+    shown: the map (B, h, w) that the lock came from, if any; run: what samples
+    """
+
+    run: PairRun
+    factual: Tensor
+    allowed: Tensor | None
+    source: str
+    shown: Tensor | None
+
+    def counterfactual(self, plan: SteeringPlan) -> Tensor:
+        """The latents of one counterfactual. Raises MedSteerError where they are not finite."""
+        latents = self.run.counterfactual(plan, self.allowed)
+        if not is_finite(latents):
+            raise MedSteerError(
+                "The counterfactual's latents are NaN or infinite, and the factual's are not. Lower the strengths, or "
+                "look at the counterfactual prompt."
+            )
+        return latents
+
+    @property
+    def map(self) -> Tensor:
+        """(B, h, w) in latent pixels; zeros where there is none."""
+        return torch.zeros(len(self.run.latents), *self.run.size) if self.shown is None else self.shown
+
+    @property
+    def mask(self) -> Tensor:
+        """(B, h, w) in latent pixels, 1 where the image may change."""
+        everywhere = torch.ones(len(self.run.latents), *self.run.size)
+        return everywhere if self.allowed is None else self.allowed.float()
+
+
+def begin(model: ModelPatcher, plan: SteeringPlan, request: PairRequest, counterfactuals: int) -> Begun:
+    """Sample the factual and work out the lock, for ``counterfactuals`` runs at most."""
+    run = (ImageRun if request.real else PairRun)(model, plan, request, counterfactuals)
     given = _given_mask(run)
     factual, changes = run.factual(keep_parts=request.lock == PREDICTION)
     if not is_finite(factual):
@@ -106,28 +178,7 @@ def sample_pair(model: ModelPatcher, request: PairRequest) -> Pair:
     if request.lock == PREDICTION:
         shown = run.prediction_difference()
     shown = None if shown is None else smoothed(shown, request.smoothing)
-    allowed, source = _allowed(run, given, shown)
-    counterfactual = torch.cat([run.counterfactual(part, allowed) for part in plans])
-    if not is_finite(counterfactual):
-        raise MedSteerError(
-            "The counterfactual's latents are NaN or infinite, and the factual's are not. Lower the strengths, or look "
-            "at the counterfactual prompt."
-        )
-    images = len(run.latents)
-    lock = lock_of(request, allowed, source, images, shown)
-    records = records_of(model, plan, request, run.latents, run.noise, lock, run.computed)
-    doubts += about_size(model, run.latents.shape, request.asked_size)
-    doubts += unchanged(factual, counterfactual, records)
-    mask = torch.ones(images, *run.size) if allowed is None else allowed.float()
-    return Pair(
-        factual=factual,
-        counterfactual=counterfactual,
-        concept_map=run.enlarged(torch.zeros(images, *run.size) if shown is None else shown),
-        mask=run.enlarged(mask),
-        mask_source=source,
-        summary="\n".join([_in_words(run, source, float(mask.mean())), *doubts]),
-        records=records,
-    )
+    return Begun(run, factual, *_allowed(run, given, shown), shown)
 
 
 def _check(plan: SteeringPlan, request: PairRequest) -> None:

@@ -152,9 +152,13 @@ def _of_real(real: RealFactual, shape: list[int]) -> tuple[dict[str, str], dict[
 def _by_batch(request: PairRequest, latent: Tensor, has_indices: bool) -> bool:
     """Whether the image's noise depends on how many images the batch had."""
     drawn_at_once = not has_indices and latent.numel() % 16 != 0  # how PyTorch fills a tensor of noise
+    return drawn_at_once or draws_as_it_goes(request)
+
+
+def draws_as_it_goes(request: PairRequest) -> bool:
+    """Whether the sampler draws noise at its steps, which it does for the whole batch."""
     function = getattr(request.schedule.sampler, "sampler_function", None)
-    # A sampler that draws noise as it goes draws it for the whole batch.
-    return drawn_at_once or (function is not None and "noise_sampler" in inspect.signature(function).parameters)
+    return function is not None and "noise_sampler" in inspect.signature(function).parameters
 
 
 def _steering(steering: Steering, vectors: Mapping[int, dict[str, Any]]) -> dict[str, Any]:

@@ -56,7 +56,7 @@ class PairRun:
         self.takes_over = self._takes_over()
         source = request.noise or Noise_RandomNoise(request.seed)
         self.noise: Tensor = source.generate_noise({**latent, "samples": self.latents})
-        self._seed = source.seed
+        self.seed = source.seed
         self._progress = _Progress(model, self._levels.numel() - 1, 1 + counterfactuals)
         self.record, self.cost = RunRecord(), 0.0
         self._walk: comfy.samplers.Sampler = request.schedule.sampler
@@ -190,7 +190,7 @@ class PairRun:
             result = guider.sample(
                 self.noise, self.latents, sampler or self._walk, self._levels,
                 denoise_mask=request.latent.get("noise_mask"), callback=None if sampler else self._progress.of_run(),
-                disable_pbar=True, seed=self._seed,
+                disable_pbar=True, seed=self.seed,
             )  # fmt: skip
         management = comfy.model_management
         return result.to(device=management.intermediate_device(), dtype=management.intermediate_dtype())

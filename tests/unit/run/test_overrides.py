@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from medsteer_core.run.calibrated import with_calibration
 from medsteer_core.run.overrides import (
     OverrideError,
     applied,
@@ -182,3 +183,45 @@ def test_a_recipe_that_fits_nothing_is_refused():
     ):
         with pytest.raises(OverrideError, match=said):
             with_recipe(workflow, name)
+
+
+# Calibration
+
+
+def pair_workflow(decoded=True):
+    made = {
+        "1": {"class_type": "MedSteer_LoadEndoPhantom", "inputs": {}},
+        "2": {"class_type": "MedSteer_CounterfactualSampler",
+              "inputs": {"model": ["1", 0], "seed": 5, "strengths": "0.5, 1", "lock": "none"}},
+    }  # fmt: skip
+    if decoded:
+        made["3"] = {"class_type": "VAEDecode", "inputs": {"samples": ["2", 1], "vae": ["1", 2]}}
+    return made
+
+
+def test_a_sampler_becomes_a_search_for_the_least_strength():
+    workflow = pair_workflow()
+    made = with_calibration(workflow, "polyps -> normal cecum")
+    assert made["2"] == {
+        "class_type": "MedSteer_CalibrateStrength",
+        "inputs": {"model": ["1", 0], "seed": 5, "lock": "none", "judge": "EndoPhantom", "passes": 5, "most": 2.0,
+                   "source_class": "polyps", "target_class": "normal cecum", "vae": ["1", 2]},
+    }  # fmt: skip
+    assert made["3"] == workflow["3"] and workflow == pair_workflow()
+    assert with_calibration(workflow, None) is workflow
+    assert applied(made, changes_for(made, ["seed=7", "passes=3"]))["2"]["inputs"]["passes"] == 3
+    assert with_recipe(made, "add")["2"]["inputs"]["recipe"] == "add"
+
+
+@pytest.mark.parametrize(
+    ("workflow", "classes", "said"),
+    [
+        (pair_workflow(), "polyps", "'SOURCE -> TARGET' was expected"),
+        (pair_workflow(), "polyps -> ", "'SOURCE -> TARGET' was expected"),
+        (pair_workflow(decoded=False), "a -> b", "decoded by no VAE Decode"),
+        ({"1": {"class_type": "KSampler", "inputs": {}}}, "a -> b", "no Counterfactual Sampler"),
+    ],
+)
+def test_a_workflow_that_can_not_be_calibrated_is_refused(workflow, classes, said):
+    with pytest.raises(OverrideError, match=said):
+        with_calibration(workflow, classes)
