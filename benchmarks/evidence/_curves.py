@@ -18,8 +18,10 @@ STYLES = {
     "recipe": ("#D55E00", "*"),
     "vector": ("#D55E00", "o"),
     "both": ("#8B3A00", "P"),
+    "calibrated": ("#F5B041", "X"),
     "prompt_switch": ("#000000", "v"),
     "prompt_switch_lock": ("#555555", "h"),
+    "prompt_switch_calibrated": ("#999999", "p"),
     "medsteer": ("#E69F00", "s"),
     "polypsteer": ("#CC79A7", "D"),
     "sdedit": ("#0072B2", "^"),
@@ -29,7 +31,9 @@ STYLES = {
 CONTROL_STYLES = {"random_direction": "x", "other_vector": "+"}
 LABELS = {
     "recipe": "our recipe", "vector": "steering", "both": "steering and the prompt",
+    "calibrated": "our recipe, least strength an image",
     "prompt_switch": "prompt switch", "prompt_switch_lock": "prompt switch under a lock",
+    "prompt_switch_calibrated": "the same, latest start an image",
     "medsteer": "MedSteer preset", "polypsteer": "PolypSteer preset", "sdedit": "SDEdit",
     "ddim_inversion": "DDIM inversion", "pnp": "Plug-and-Play",
     "random_direction": "control: random direction", "other_vector": "control: another vector",

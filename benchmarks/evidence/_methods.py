@@ -19,14 +19,25 @@ from benchmarks.evidence._method import Chunk, Method, Vectors
 from benchmarks.shared import presets as _presets
 from benchmarks.shared.lab import BATCH, CFG, Lab
 from benchmarks.shared.presets import ALONE, BESIDE, Pair, Preset, Presets, Sweep
+from medsteer_core.scores.scorer import embedded_judges, score_pairs
 from medsteer_core.steering.recipes import CONCEPT, OPEN, PREDICTION
 from medsteer_core.vectors.pathology_vector import PathologyVector
 
 RECIPE, VECTOR = "recipe", "vector"
-OURS = (RECIPE, VECTOR, "both")
+OURS = (RECIPE, VECTOR, "both", "calibrated")
 LOCKED_PROMPT = "prompt_switch_lock"
-BASELINES = ("prompt_switch", LOCKED_PROMPT, "medsteer", "polypsteer", "sdedit", "ddim_inversion", "pnp")
+BASELINES = (
+    "prompt_switch",
+    LOCKED_PROMPT,
+    "prompt_switch_calibrated",
+    "medsteer",
+    "polypsteer",
+    "sdedit",
+    "ddim_inversion",
+    "pnp",
+)
 METHODS = (*OURS, *BASELINES)
+PASSES, MOST = 5.0, 2.0  # of Calibrate Strength
 CONTROLS = ("random_direction", "strength_0", "other_vector")
 
 
@@ -38,7 +49,9 @@ def methods(lab: Lab, vectors: Vectors, pair: Pair, presets: Presets) -> dict[st
         recipe(lab, vectors, pair, presets.recipe_for(pair)),
         *_steering_arms(VECTOR, lab, vectors, pair, presets.ours_for(pair), _presets.STARTS),
         *_steering_arms("both", lab, vectors, pair, presets.both_for(pair), _presets.STARTS),
+        calibrated(lab, vectors, pair, presets.recipe_for(pair)),
         *_prompt_arms(lab, vectors, pair, presets.ours_for(pair)),
+        calibrated_prompt(lab, vectors, pair, presets.ours_for(pair)),
         *_steering_arms("medsteer", lab, vectors, pair, medsteer, _presets.WINDOWS),
         *_steering_arms("polypsteer", lab, vectors, pair, polypsteer, _presets.WINDOWS),
         *_baseline_arms(lab, vectors, pair, presets.ours_for(pair)),
@@ -102,6 +115,51 @@ def steering(name: str, lab: Lab, vectors: Vectors, pair: Pair, preset: Preset, 
     )  # fmt: skip
 
 
+def calibrated(lab: Lab, vectors: Vectors, pair: Pair, preset: Preset) -> Method:
+    """Our recipe with each image's least strength that flips it, as the node Calibrate Strength finds it."""
+
+    def run(chunk: Chunk, passes: float) -> Tensor:
+        from medsteer_core.host.sampling.calibration import calibrate
+        from medsteer_core.host.sampling.flips import flips_by
+
+        vector = vectors.vector(pair, preset.noise, preset.samples)
+        model = steered(lab, vector, preset, preset.headline)
+        request = _request(lab, preset, lab.prompt(pair.source), chunk.noise)
+        if preset.prompt == BESIDE:
+            request = replace(request, counterfactual=lab.prompt(pair.target), start_percent=preset.start)
+        flips = flips_by(lab.vae, embedded_judges(), pair.source, pair.target)
+        return calibrate(model, request, flips, int(passes), MOST).pair.counterfactual
+
+    settings = {key: value for key, value in asdict(preset).items() if key != "strengths"} | {"most": MOST}
+    return Method("calibrated", "passes", (PASSES,), settings, run, lambda passes: 1 + passes * (1 - preset.start),
+                  ((pair, preset.noise, preset.samples),))  # fmt: skip
+
+
+def calibrated_prompt(lab: Lab, vectors: Vectors, pair: Pair, preset: Preset) -> Method:
+    """The same for the prompt under our lock: of each image the latest start at which the target's prompt flips it."""
+    arm = _prompt_in_map(lab, vectors, pair, preset)
+    if pair.diffuse:
+        arm = replace(arm, settings={}, vectors=(), run=lambda chunk, start: _baselines.reprompt(
+            lab, pair.source, pair.target, chunk.noise, start))  # fmt: skip
+
+    def run(chunk: Chunk, _passes: float) -> Tensor:
+        factual, made = lab.images(chunk.latents), chunk.latents.clone()
+        left = list(range(len(chunk.seeds)))
+        for start in _presets.LATEST_FIRST:
+            some = Chunk([chunk.seeds[i] for i in left], chunk.noise[left], chunk.latents[left])
+            found = arm.run(some, start)
+            scores = score_pairs(factual[left], lab.images(found), pair.source, pair.target)
+            made[left] = found  # where none flips, the earliest start's
+            left = [place for place, score in zip(left, scores, strict=True) if not score.flipped]
+            if not left:
+                break
+        return made
+
+    settings = {**arm.settings, "starts": _presets.LATEST_FIRST}
+    passes = float(len(_presets.LATEST_FIRST))
+    return Method("prompt_switch_calibrated", "passes", (passes,), settings, run, lambda value: 3.0, arm.vectors)
+
+
 def _prompt_arms(lab: Lab, vectors: Vectors, pair: Pair, preset: Preset) -> Iterator[Method]:
     """The target's prompt from some step on: free, and under a lock by the predictions' difference or the vector."""
     free, under = _presets.PROMPT_SWITCH, _presets.PROMPT_SWITCH_LOCK
@@ -162,19 +220,24 @@ def _pairs(
     lab: Lab, model: Any, preset: Preset, positive: list, noise: Tensor, what: Callable[[Any], Tensor], **changes: Any
 ) -> Tensor:
     from medsteer_core.host.sampling.counterfactual import sample_pair
-    from medsteer_core.host.sampling.pair_request import IN_MASK, PairRequest
 
     parts = []
     for part in noise.split(BATCH):
-        request = PairRequest(
-            positive, lab.conditioning(""), {"samples": torch.zeros_like(part)}, 0, CFG, lab.schedule,
-            threshold=preset.lock_threshold, dilation=preset.lock_dilation,
-            smoothing=preset.lock_smoothing, noise=GivenNoise(part), computed_tokens=IN_MASK,
-            **{"lock": preset.lock, **changes},
-        )  # fmt: skip
-        made = what(sample_pair(model, request))
+        made = what(sample_pair(model, _request(lab, preset, positive, part, **changes)))
         parts.append(made.view(-1, len(part), *made.shape[1:]))
     return torch.cat(parts, dim=1).flatten(0, 1)
+
+
+def _request(lab: Lab, preset: Preset, positive: list, noise: Tensor, **changes: Any) -> Any:
+    """What Counterfactual Sampler is asked for images of this noise under a preset's lock."""
+    from medsteer_core.host.sampling.pair_request import IN_MASK, PairRequest
+
+    return PairRequest(
+        positive, lab.conditioning(""), {"samples": torch.zeros_like(noise)}, 0, CFG, lab.schedule,
+        threshold=preset.lock_threshold, dilation=preset.lock_dilation,
+        smoothing=preset.lock_smoothing, noise=GivenNoise(noise), computed_tokens=IN_MASK,
+        **{"lock": preset.lock, **changes},
+    )  # fmt: skip
 
 
 def steered(lab: Lab, vector: PathologyVector, preset: Preset, strength: float) -> Any:

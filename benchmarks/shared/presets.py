@@ -224,6 +224,7 @@ class Sweep:
 
 PROMPT_SWITCH = Sweep("start of the target's prompt", (0.0, 0.2, 0.35, 0.45, 0.55, 0.65))
 PROMPT_SWITCH_LOCK = Sweep(PROMPT_SWITCH.parameter, (0.35, 0.45, 0.55))
+LATEST_FIRST = (0.75, 0.65, 0.55, 0.45, 0.35)  # of starts that are chosen for each image
 SDEDIT = Sweep("denoise", (0.3, 0.45, 0.6))
 DDIM_INVERSION = Sweep("depth of the inversion", (0.4, 0.6, 0.8))
 PNP = Sweep("share of steps injected", (0.35, 0.5, 0.7))
