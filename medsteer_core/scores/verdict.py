@@ -6,7 +6,7 @@ No class has to be named: what the judge sees before and after is told. Rates an
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,9 +18,10 @@ from .parts import DISTANCE_LIMIT, halves
 from .regions import dilated, mean_where
 
 ADVICE = (
-    "To add a finding, use template 3 Add a finding. To take one away, try another seed, an earlier "
-    "counterfactual_start, a higher cfg or, with Steer, a higher strength; under a lock or a mask, a larger one."
+    "Try another seed, a higher strength in Steer or a higher cfg, a larger mask or lock; for a counterfactual prompt "
+    "an earlier start. Two prompts alone seldom add a finding: Steer does (template 3)."
 )
+LEAST_SSIM, MOST_DRIFT = 0.85, 2.0  # beyond, much else changed: two organs' prompts, or another image altogether
 MOST_WAYS = 3  # of before and after that are told apart
 
 
@@ -43,12 +44,20 @@ def verdict(factuals: Tensor, counterfactuals: Tensor, judge: Judge | None, mask
     lines = []
     if not all(far):
         ways = [way for way, is_far in zip(zip(*labels, strict=True), far, strict=True) if not is_far]
-        kept = _kept_by_findings(a, b, before, after, labels, judge, far) or _kept(a, b, mask)
-        lines.append(f"{_ways(ways)}; {kept}.")
-        if stayed := sum(one == other for one, other in ways):
-            lines.append(f"{_stayed(stayed, len(ways))} {ADVICE}")
-        if lost := sum(later and not first for later, first in zip(_far(after), far, strict=True)):
-            lines.append(f"{_some(lost, len(a), 'counterfactual')} unlike anything that the judge was trained on.")
+        numbers = _structure(a, b, before, after, labels, judge, far)
+        lines.append(f"{_ways(ways)}; {_in_words(numbers) or _kept(a, b, mask)}.")
+        lost = [later and not first for later, first in zip(_far(after), far, strict=True)]
+        stayed = [not gone and one == other
+                  for gone, is_far, one, other in zip(lost, far, *labels, strict=True) if not is_far]  # fmt: skip
+        if any(stayed):
+            lines.append(f"{_stayed(sum(stayed), len(ways))} {ADVICE}")
+        if any(lost):
+            which = _some(sum(lost), len(a), "counterfactual")
+            lines.append(f"{which} unlike anything that the judge was trained on. Try a lower strength or cfg.")
+        if numbers.get("ssim_outside", 1.0) < LEAST_SSIM or numbers.get("anatomy_drift", 0.0) > MOST_DRIFT:
+            lines.append(
+                "Much else changed: take prompts of one organ that differ in the finding alone, or start later."
+            )
     if any(far):
         which = "This factual image is" if len(a) == 1 else f"{sum(far)} of {len(a)} factual images are"
         lines.append(
@@ -96,11 +105,14 @@ def _stayed(count: int, of: int) -> str:
     return "It did not work: the judge sees no change." if of == 1 else f"In {count} of {of} it did not work."
 
 
-def _kept_by_findings(a, b, before: Answers, after: Answers, labels, judge: Judge, far: Sequence[bool]) -> str:
-    """Structure by the judge's own marks, over the pairs whose classes it has marks for; "" where there are none."""
+def _structure(
+    a: Tensor, b: Tensor, before: Answers, after: Answers, labels: Sequence[Sequence[str]], judge: Judge,
+    far: Sequence[bool],
+) -> dict[str, float]:  # fmt: skip
+    """Structure by the judge's own marks, over the pairs whose classes it has marks for: the means by measure."""
     terms, found = judge.terms, {"ssim_outside": [], "anatomy_drift": []}
     if before.masks is None:
-        return ""
+        return {}
     for index, (source, target) in enumerate(zip(*labels, strict=True)):
         named = source in terms.classes and target in terms.classes
         if far[index] or not named or terms.unknown_findings((source, target)):
@@ -112,11 +124,15 @@ def _kept_by_findings(a, b, before: Answers, after: Answers, labels, judge: Judg
         measure = terms.structure_measure(source, target)
         if getattr(score, measure) is not None:
             found[measure].append(getattr(score, measure))
+    return {measure: mean(values) for measure, values in found.items() if values}
+
+
+def _in_words(numbers: Mapping[str, float]) -> str:
     told = []
-    if found["ssim_outside"]:
-        told.append(f"SSIM outside the finding {mean(found['ssim_outside']):.3f}")
-    if found["anatomy_drift"]:
-        told.append(f"anatomy drift {mean(found['anatomy_drift']):.2f}")
+    if "ssim_outside" in numbers:
+        told.append(f"SSIM outside the finding {numbers['ssim_outside']:.3f}")
+    if "anatomy_drift" in numbers:
+        told.append(f"anatomy drift {numbers['anatomy_drift']:.2f}")
     return ", ".join(told)
 
 

@@ -47,7 +47,20 @@ def test_a_diffuse_finding_is_told_with_the_drift_of_the_anatomy():
 def test_a_pair_that_did_not_flip_says_so():
     said = verdict(renders("polyps"), renders("polyps", noise=2), embedded_judges())
     assert said.startswith("Polyps before and after; SSIM outside the finding 0.9")
-    assert "It did not work: the judge sees no change. To add a finding, use template 3" in said
+    assert "It did not work: the judge sees no change. Try another seed" in said
+
+
+def test_a_pair_of_two_organs_is_told_to_have_changed_altogether():
+    said = verdict(renders("polyps"), render(Anatomy.sample(1, 9), "normal pylorus", 128).image, embedded_judges())
+    assert said.startswith("Polyps before, normal pylorus after; SSIM outside the finding 0.")
+    assert said.endswith("or start later.") and "Much else changed: take prompts of one organ" in said
+    assert "Much else" not in verdict(renders("polyps"), renders("normal cecum", noise=2), embedded_judges())
+
+
+def test_what_overshot_is_not_told_to_be_made_stronger():
+    a, b = random_pairs(1)
+    said = verdict(a, b, Says([0, 0], [0.1, 3.0]))
+    assert "did not work" not in said and "Try a lower strength" in said
 
 
 def test_equal_images_are_told_before_any_judge_is_asked():
@@ -69,8 +82,11 @@ def test_several_pairs_are_counted_by_what_became_of_them():
     judge = Says([0, 0, 0, 0, 1, 1, 0, 1], [0.1, 0.1, 0.1, 2.0, 0.1, 3.0, 0.1, 0.1])
     said = verdict(a, b, judge).splitlines()
     assert said[0].startswith("Sick before, well after: 2 of 3; sick before and after: 1 of 3; SSIM of the whole image")
-    assert said[1].startswith("In 1 of 3 it did not work. To add a finding")
-    assert said[2] == "1 of 4 counterfactuals are unlike anything that the judge was trained on."
+    assert said[1].startswith("In 1 of 3 it did not work. Try another seed")
+    assert (
+        said[2]
+        == "1 of 4 counterfactuals are unlike anything that the judge was trained on. Try a lower strength or cfg."
+    )
     assert said[3].startswith("1 of 4 factual images are unlike anything")
 
 
