@@ -25,7 +25,6 @@ def pair_panel(factuals: Tensor, counterfactuals: Tensor, concept_map: Tensor | 
     ``concept_map`` (n or 1, h, w) in 0..1 is the Counterfactual Sampler's, one a factual. MedSteerError for images and
     maps that do not fit.
     """
-    check_counts(len(factuals), len(counterfactuals))
     a, b = checked_pair(factuals, counterfactuals, batch=True)
     count, shown = len(a), min(len(a), MOST_ROWS)
     maps = None if concept_map is None else fitted_maps(concept_map, count, a.shape[-2:])[:shown]
@@ -51,15 +50,6 @@ def pair_panel(factuals: Tensor, counterfactuals: Tensor, concept_map: Tensor | 
         words = f"first {shown} of {count} pairs; {count - shown} left out"
         write(figure, layout, words, layout.width / 2, layout.height - 16, _SMALL, color=FAINT)
     return pixels(figure)
-
-
-def check_counts(factuals: int, counterfactuals: int) -> None:
-    """MedSteerError unless there is one counterfactual for each factual image."""
-    if factuals != counterfactuals:
-        raise MedSteerError(
-            f"There are {factuals} factual images and {counterfactuals} counterfactuals; one for each was expected. "
-            "Strength Sweep draws several strengths of one factual."
-        )
 
 
 def fitted_maps(maps: Tensor, count: int, size: tuple[int, int], name: str = "concept_map") -> Tensor:

@@ -77,6 +77,11 @@ def checked_pair(factual: Tensor, counterfactual: Tensor, batch: bool) -> tuple[
                 f"the {name} has values from {low:.4g} to {high:.4g}; 0..1 was expected. Scale it first."
             )
         images.append(pixels.clamp(0, 1) if batch else pixels.clamp(0, 1)[None])
+    if images[0].shape[1:] == images[1].shape[1:] and len(images[0]) != len(images[1]):
+        raise MedSteerError(
+            f"There are {len(images[0])} factual images and {len(images[1])} counterfactuals; one for each was "
+            "expected. Set strengths to one value; Strength Sweep draws several of one factual."
+        )
     if images[0].shape != images[1].shape:
         raise MedSteerError(
             f"the factual has shape {tuple(factual.shape)} and the counterfactual {tuple(counterfactual.shape)}; equal "

@@ -124,6 +124,10 @@ def test_a_strip_wants_three_captions():
 def test_images_that_do_not_fit_are_refused():
     with pytest.raises(MedSteerError, match="equal shapes were expected"):
         difference_image(GREY, GREY[:, :32])
+    with pytest.raises(
+        MedSteerError, match="1 factual images and 3 counterfactuals; one for each was expected. Set st"
+    ):
+        difference_image(GREY.expand(1, -1, -1, -1), GREY.expand(3, -1, -1, -1))
     with pytest.raises(MedSteerError, match="not finite"):
         difference_image(GREY, GREY * float("nan"))
 
