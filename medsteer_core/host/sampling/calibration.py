@@ -182,7 +182,8 @@ def _in_words(images: Sequence[_Image], plan: SteeringPlan) -> list[str]:
         own = strengths.pop() if len(strengths) == 1 else None
         named = "strength" if own is not None else "times the strengths of Steer"
         low, middle, high = (value * (own or 1.0) for value in (least[0], least[len(least) // 2], least[-1]))
-        lines.append(f"{named}: {low:.3g} to {high:.3g}, in the middle {middle:.3g}")
+        spread = f"{low:.3g} to {high:.3g}, median {middle:.3g}" if low < high else f"{low:.3g}"
+        lines.append(f"{named}: {spread}")
     if never := [place + 1 for place, image in enumerate(images) if image.counted and image.found.least is None]:
         lines.append(f"never flipped, shown at Steer's strength: number {', '.join(map(str, never))}")
     if left := len(images) - len(counted):
