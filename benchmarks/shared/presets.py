@@ -174,7 +174,7 @@ OURS = {
     "adding": _recipe(ADD, (1.0, 1.5, 1.75, 2.5)),
 }
 # What every method that has a strength or a prompt may begin at, and under which half of the schedule presets may act.
-STARTS, WINDOWS = (0.35, 0.45), (0.0, 0.45)
+STARTS, WINDOWS = (0.35, 0.45, 0.55), (0.0, 0.45)
 WITH_PROMPT = (0.5, 1.0, 1.5)  # strengths of steering beside the target's prompt
 
 
