@@ -24,11 +24,11 @@ class CalibrateStrength(io.ComfyNode):
             io.Vae.Input("vae", tooltip="The VAE that belongs to the model: the judge looks at images."),
             io.Combo.Input(
                 "judge",
-                options=[name for name in judge_folder.names() if name != judge_folder.NONE],
+                options=judge_folder.names(),
                 default=judge_folder.EMBEDDED,
                 tooltip=(
                     "Says whether the finding changed. EndoPhantom: its own judge, which knows its drawings only. "
-                    "Others are in models/medsteer/judges."
+                    "none: the model itself, by the prompt at target. Others are in models/medsteer/judges."
                 ),
             ),
             io.String.Input(
@@ -51,6 +51,11 @@ class CalibrateStrength(io.ComfyNode):
                 tooltip="Where the search ends: times the strength that Steer sets.",
             ),
         ]
+        target = io.Conditioning.Input(
+            "target",
+            optional=True,
+            tooltip="With judge none: the prompt of what the images should become. Some are drawn to compare with.",
+        )
         return io.Schema(
             node_id="MedSteer_CalibrateStrength",
             display_name="Calibrate Strength",
@@ -60,7 +65,7 @@ class CalibrateStrength(io.ComfyNode):
                 "it: what is changed more than needed costs structure."
             ),
             search_aliases=["least strength", "bisection", "dose", "auto strength", "flip", "medsteer"],
-            inputs=[*inputs[:place], *own, *inputs[place:]],
+            inputs=[*inputs[:place], *own, *inputs[place:], target],
             outputs=[
                 *sampler.outputs,
                 io.String.Output(
@@ -85,13 +90,13 @@ class CalibrateStrength(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, latent_image, vae, judge, source_class, target_class, passes, most, **inputs
+        cls, model, latent_image, vae, judge, source_class, target_class, passes, most, target=None, **inputs
     ) -> io.NodeOutput:
         from ..medsteer_core.host.sampling.calibration import calibrate, told
-        from ..medsteer_core.host.sampling.flips import flips_by
+        from ..medsteer_core.host.sampling.flips import ByJudge, ByTarget
 
-        request = request_of(cls.hidden, model, latent_image=latent_image, **inputs)
-        flips = flips_by(vae, judge_folder.judge_of(judge), source_class, target_class)
+        request, by = request_of(cls.hidden, model, latent_image=latent_image, **inputs), judge_folder.judge_of(judge)
+        flips = ByTarget(model, request, target) if by is None else ByJudge(vae, by, source_class, target_class)
         made = calibrate(model, request, flips, passes, most)
         pair = made.pair
         return io.NodeOutput(

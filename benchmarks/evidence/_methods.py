@@ -120,14 +120,14 @@ def calibrated(lab: Lab, vectors: Vectors, pair: Pair, preset: Preset) -> Method
 
     def run(chunk: Chunk, passes: float) -> Tensor:
         from medsteer_core.host.sampling.calibration import calibrate
-        from medsteer_core.host.sampling.flips import flips_by
+        from medsteer_core.host.sampling.flips import ByJudge
 
         vector = vectors.vector(pair, preset.noise, preset.samples)
         model = steered(lab, vector, preset, preset.headline)
         request = _request(lab, preset, lab.prompt(pair.source), chunk.noise)
         if preset.prompt == BESIDE:
             request = replace(request, counterfactual=lab.prompt(pair.target), start_percent=preset.start)
-        flips = flips_by(lab.vae, embedded_judges(), pair.source, pair.target)
+        flips = ByJudge(lab.vae, embedded_judges(), pair.source, pair.target)
         return calibrate(model, request, flips, int(passes), MOST).pair.counterfactual
 
     settings = {key: value for key, value in asdict(preset).items() if key != "strengths"} | {"most": MOST}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,14 +18,11 @@ from ...steering.plan import SteeringPlan
 from ..patching.native_size import about_size
 from .contexts import one_of
 from .counterfactual import Begun, Pair, begin, prepared, reachable
+from .flips import Flips
 from .pair_doubts import unchanged
 from .pair_record import draws_as_it_goes, lock_of, records_of
 from .pair_request import PairRequest
 from .pair_run import PairRun
-
-# Whether a counterfactual's latents (1, C, h, w) show what the factual's should become; None where the factual is not
-# what it should be, so that nothing can be said.
-Flips = Callable[[Tensor, Tensor], bool | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,11 +61,12 @@ def calibrate(model: ModelPatcher, request: PairRequest, flips: Flips, passes: i
             "each image goes its own way. Set the batch size to 1 and use several seeds, or choose another sampler."
         )
     images = [_Image(model, plan, _of(request, whole, place), passes) for place in range(len(whole.latents))]
-    for image in images:
-        image.search(flips, most)
+    factual = torch.cat([image.begun.factual for image in images])
+    flips.begin(factual, whole.latents, whole.noise)
+    for place, image in enumerate(images):
+        image.search(partial(flips, place), most)
     lock = [each for image in images for each in image.lock]
     records = _records(model, plan, request, whole, lock, images)
-    factual = torch.cat([image.begun.factual for image in images])
     counterfactual = torch.cat([image.latents for image in images])
     doubts += about_size(model, whole.latents.shape, request.asked_size)
     doubts += unchanged(factual, counterfactual, records)
@@ -102,13 +101,13 @@ class _Image:
         self.found, self.counted = Found(()), True
         self.multiple, self.latents = 1.0, self.begun.factual
 
-    def search(self, flips: Flips, most: float) -> None:
+    def search(self, flips: Callable[[Tensor], bool | None], most: float) -> None:
         """Find the multiple, with the latents that it gives; where none does it, those of 1."""
         tried: list[tuple[float, bool]] = []
         made: dict[float, Tensor] = {}
         while len(tried) < self.passes and (multiple := next_multiple(tried, most)) is not None:
             made[multiple] = self.begun.counterfactual(self.plan.scaled(multiple))
-            did = flips(self.begun.factual, made[multiple])
+            did = flips(made[multiple])
             if did is None:
                 self.counted = False
                 break

@@ -9,6 +9,7 @@ from medsteer_pack.medsteer_core.errors import MedSteerError
 from medsteer_pack.medsteer_core.host.sampling import runs as sampling
 from medsteer_pack.medsteer_core.host.sampling.calibration import calibrate, told
 from medsteer_pack.medsteer_core.host.sampling.counterfactual import sample_pair
+from medsteer_pack.medsteer_core.host.sampling.flips import ByTarget
 from medsteer_pack.medsteer_core.host.sampling.pair_request import CONCEPT, PairRequest
 
 
@@ -17,9 +18,27 @@ def request(model, *, sampler="euler", latent=None, **changes):
     return PairRequest(tiny.cond(1), tiny.cond(2), latent or tiny.latent(batch=3), 11, 3.0, schedule, **changes)
 
 
+def noise():
+    """The noise of `request`'s seed for its three images."""
+    return sampling.noise_for(torch.zeros(1, 4, 8, 8), 11, range(3))
+
+
+class Says:
+    """Flips as a function of a factual and a counterfactual says."""
+
+    def __init__(self, says):
+        self.says = says
+
+    def begin(self, factuals, start, noise):
+        self.factuals = factuals
+
+    def __call__(self, place, counterfactual):
+        return self.says(self.factuals[place], counterfactual[0])
+
+
 def changed_by(least):
-    """A judge for whom an image flips when it has moved by ``least`` on average."""
-    return lambda factual, counterfactual: float((counterfactual - factual).abs().mean()) >= least
+    """For whom an image flips when it has moved by ``least`` on average."""
+    return Says(lambda factual, counterfactual: float((counterfactual - factual).abs().mean()) >= least)
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +75,34 @@ def test_the_factual_of_a_single_image_is_the_samplers_to_the_bit_and_sampled_on
 
 
 def test_images_that_are_not_what_they_should_be_are_not_asked_about(steered):
-    made = calibrate(steered, request(steered), lambda *_: None, 5, 2.0)
+    made = calibrate(steered, request(steered), Says(lambda *_: None), 5, 2.0)
     assert made.counted == [False] * 3 and all(not found.tried for found in made.found)
     assert "3 not asked about" in made.pair.summary
+
+
+def test_without_a_judge_the_way_to_the_targets_own_images_counts(pixart, steered):
+    asked = request(steered)
+    flips = ByTarget(steered, asked, tiny.cond(3))
+    whole = sample_pair(steered, asked)
+    flips.begin(whole.factual, torch.zeros_like(whole.factual), noise())
+    targets = [flips.share(place, one) for place, one in enumerate(whole.factual.split(1))]
+    assert targets == pytest.approx([0.0] * 3, abs=1e-5)  # a factual has gone nowhere
+    drawn = sampling.resample(
+        pixart, tiny.cond(3), tiny.cond(2), torch.zeros_like(whole.factual), noise(), asked.schedule, 3.0, 11
+    )
+    gone = [flips.share(place, one) for place, one in enumerate(drawn.split(1))]
+    assert sum(gone) / 3 == pytest.approx(1.0, abs=1e-4)  # and what the target's prompt draws the whole way, on average
+    made = calibrate(steered, asked, ByTarget(steered, asked, tiny.cond(3)), 3, 2.0)
+    assert made.counted == [True] * 3
+    again = calibrate(steered, asked, ByTarget(steered, asked, tiny.cond(3)), 3, 2.0)
+    assert [found.tried for found in made.found] == [found.tried for found in again.found]
+
+
+def test_without_judge_and_target_nothing_can_be_said(pixart, steered):
+    with pytest.raises(MedSteerError, match="judge is 'none', and no prompt says what the images should become"):
+        ByTarget(steered, request(steered), None)
+    with pytest.raises(MedSteerError, match="not steered"):
+        ByTarget(pixart, request(pixart), tiny.cond(3))
 
 
 def test_at_strength_zero_nothing_changes_whatever_is_tried(pixart):
