@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from ...steering.operators import LARGEST
 from ...steering.plan import SteeringPlan
 from ..patching.native_size import about_size
 from .contexts import one_of
-from .counterfactual import Begun, Pair, begin, prepared, reachable
+from .counterfactual import Pair, begin, prepared, reachable
 from .flips import Flips
 from .pair_doubts import unchanged
 from .pair_record import draws_as_it_goes, lock_of, records_of
@@ -60,22 +59,22 @@ def calibrate(model: ModelPatcher, request: PairRequest, flips: Flips, passes: i
             f"The sampler {request.schedule.sampler_name} draws its noise for all images of a batch at once, and here "
             "each image goes its own way. Set the batch size to 1 and use several seeds, or choose another sampler."
         )
-    images = [_Image(model, plan, _of(request, whole, place), passes) for place in range(len(whole.latents))]
-    factual = torch.cat([image.begun.factual for image in images])
-    flips.begin(factual, whole.latents, whole.noise)
-    for place, image in enumerate(images):
-        image.search(partial(flips, place), most)
+    flips.begin(whole.latents, whole.noise)
+    images = []
+    for place in range(len(whole.latents)):  # one after the other: what a run keeps of its tokens is large
+        images.append(_searched(model, plan, _of(request, whole, place), flips, passes, most))
     lock = [each for image in images for each in image.lock]
     records = _records(model, plan, request, whole, lock, images)
+    factual = torch.cat([image.factual for image in images])
     counterfactual = torch.cat([image.latents for image in images])
     doubts += about_size(model, whole.latents.shape, request.asked_size)
     doubts += unchanged(factual, counterfactual, records)
     pair = Pair(
         factual=factual,
         counterfactual=counterfactual,
-        concept_map=whole.enlarged(torch.cat([image.begun.map for image in images])),
-        mask=whole.enlarged(torch.cat([image.begun.mask for image in images])),
-        mask_source=images[0].begun.source,
+        concept_map=whole.enlarged(torch.cat([image.map for image in images])),
+        mask=whole.enlarged(torch.cat([image.mask for image in images])),
+        mask_source=images[0].source,
         summary="\n".join([*_in_words(images, plan), *doubts]),
         records=records,
     )
@@ -91,34 +90,54 @@ def told(made: Calibrated) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+@dataclass(frozen=True, eq=False)
 class _Image:
-    """One image's search."""
+    """What became of one image."""
 
-    def __init__(self, model: ModelPatcher, plan: SteeringPlan, request: PairRequest, passes: int):
-        self.plan, self.request, self.passes = plan, request, passes
-        self.begun: Begun = begin(model, plan, request, passes)
-        self.lock = lock_of(request, self.begun.allowed, self.begun.source, 1, self.begun.shown)
-        self.found, self.counted = Found(()), True
-        self.multiple, self.latents = 1.0, self.begun.factual
+    factual: Tensor
+    latents: Tensor
+    map: Tensor
+    mask: Tensor
+    source: str
+    lock: Sequence[Mapping[str, Any]]
+    found: Found
+    counted: bool
+    multiple: float
+    computed: Mapping[str, int] | None
+    cost: float
 
-    def search(self, flips: Callable[[Tensor], bool | None], most: float) -> None:
-        """Find the multiple, with the latents that it gives; where none does it, those of 1."""
-        tried: list[tuple[float, bool]] = []
-        made: dict[float, Tensor] = {}
-        while len(tried) < self.passes and (multiple := next_multiple(tried, most)) is not None:
-            made[multiple] = self.begun.counterfactual(self.plan.scaled(multiple))
-            did = flips(made[multiple])
-            if did is None:
-                self.counted = False
-                break
-            tried.append((multiple, did))
-        self.found = Found(tuple(tried))
-        self.multiple = self.found.least or next(iter(made))
-        self.latents = made[self.multiple]
 
-    @property
-    def cost(self) -> float:
-        return self.begun.run.cost
+def _searched(
+    model: ModelPatcher, plan: SteeringPlan, request: PairRequest, flips: Flips, passes: int, most: float
+) -> _Image:
+    """Find one image's multiple, with the latents that it gives; where none does it, those of the first that was tried,
+    which is Steer's own strength."""
+    begun = begin(model, plan, request, passes)
+    tried: list[tuple[float, bool]] = []
+    made: dict[float, Tensor] = {}
+    counted = True
+    while len(tried) < passes and (multiple := next_multiple(tried, most)) is not None:
+        made[multiple] = begun.counterfactual(plan.scaled(multiple))
+        did = flips(begun.factual, made[multiple])
+        if did is None:
+            counted = False
+            break
+        tried.append((multiple, did))
+    found = Found(tuple(tried))
+    multiple = found.least or next(iter(made))
+    return _Image(
+        factual=begun.factual,
+        latents=made[multiple],
+        map=begun.map,
+        mask=begun.mask,
+        source=begun.source,
+        lock=lock_of(request, begun.allowed, begun.source, 1, begun.shown),
+        found=found,
+        counted=counted,
+        multiple=multiple,
+        computed=begun.run.computed,
+        cost=begun.run.cost,
+    )
 
 
 @dataclass(frozen=True)
@@ -160,8 +179,7 @@ def _records(
     records = []
     for place, image in enumerate(images):
         own = replace(request, multiples=(image.multiple,))
-        computed = image.begun.run.computed
-        records.append(records_of(model, plan, own, whole.latents, whole.noise, lock, computed)[place])
+        records.append(records_of(model, plan, own, whole.latents, whole.noise, lock, image.computed)[place])
     return records
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -25,11 +25,11 @@ FAR_ENOUGH = 0.5  # of the way from the factual images to those of the target's 
 class Flips(Protocol):
     """Says of counterfactuals whether they show what their factual should become."""
 
-    def begin(self, factuals: Tensor, start: Tensor, noise: Tensor) -> None:
-        """The factual latents ``(B, C, h, w)``, and the latents and noise that they were sampled from."""
+    def begin(self, start: Tensor, noise: Tensor) -> None:
+        """The latents ``(B, C, h, w)`` and noise that all factuals are sampled from."""
 
-    def __call__(self, place: int, counterfactual: Tensor) -> bool | None:
-        """Of latents ``(1, C, h, w)`` of the image ``place``; None where its factual is not what it should be."""
+    def __call__(self, factual: Tensor, counterfactual: Tensor) -> bool | None:
+        """Of latents ``(1, C, h, w)``; None where the factual is not what it should be."""
 
 
 @dataclass
@@ -40,13 +40,15 @@ class ByJudge:
     judge: Judge
     source: str
     target: str
-    _factuals: list[Tensor] = field(default_factory=list)
+    _last: tuple[Tensor, Tensor] | None = None  # a factual's latents and image: it is asked about several times
 
-    def begin(self, factuals: Tensor, start: Tensor, noise: Tensor) -> None:
-        self._factuals = [self._image(one) for one in factuals.split(1)]
+    def begin(self, start: Tensor, noise: Tensor) -> None:
+        pass
 
-    def __call__(self, place: int, counterfactual: Tensor) -> bool | None:
-        pair = self._factuals[place], self._image(counterfactual)
+    def __call__(self, factual: Tensor, counterfactual: Tensor) -> bool | None:
+        if self._last is None or self._last[0] is not factual:
+            self._last = factual, self._image(factual)
+        pair = self._last[1], self._image(counterfactual)
         score = score_pairs(*pair, self.source, self.target, self.judge)[0]
         return bool(score.flipped) if score.accepted else None
 
@@ -57,7 +59,7 @@ class ByJudge:
 class ByTarget:
     """Without a judge: how far along the steering's directions an image has gone to what the target's prompt draws.
 
-    Images of ``target`` are sampled from the same noise. Of them, of the factuals and of a counterfactual the unsteered
+    Images of ``target`` and factuals are sampled from the same noise. Of them and of a counterfactual the unsteered
     model's cross-attention outputs under the positive prompt are projected, at `LATE` of the schedule and under one
     noise; a counterfactual that has gone `FAR_ENOUGH` of the mean way counts as flipped.
 
@@ -80,28 +82,29 @@ class ByTarget:
         steps = len(request.schedule.sigmas) - 1
         place = min(round(LATE * steps), steps - 1)
         self._step = replace(request.schedule, sigmas=request.schedule.sigmas[place : place + 2])
-        self._factuals: dict[str, Tensor] = {}
         self._way: dict[str, Tensor] = {}
         self._noise = torch.empty(0)
 
-    def begin(self, factuals: Tensor, start: Tensor, noise: Tensor) -> None:
+    def begin(self, start: Tensor, noise: Tensor) -> None:
         request = self.request
-        drawn = torch.randn(factuals[:1].shape, generator=torch.Generator().manual_seed(request.seed % 2**63))
+        drawn = torch.randn(start[:1].shape, generator=torch.Generator().manual_seed(request.seed % 2**63))
         self._noise = drawn.to(noise)
-        targets = resample(
-            self._plain, self.target, request.negative, start, noise, request.schedule, request.cfg, request.seed
-        )
-        self._factuals, targets = self._projections(factuals), self._projections(targets)
-        self._way = {site: (targets[site] - own).mean(0) for site, own in self._factuals.items()}
 
-    def __call__(self, place: int, counterfactual: Tensor) -> bool | None:
-        return self.share(place, counterfactual) >= FAR_ENOUGH
+        def images(prompt: list) -> Tensor:
+            common = request.schedule, request.cfg, request.seed
+            return resample(self._plain, prompt, request.negative, start, noise, *common)
 
-    def share(self, place: int, counterfactual: Tensor) -> float:
-        """How much of the way latents ``(1, C, h, w)`` of an image have gone, mean of the sites."""
-        now, shares = self._projections(counterfactual), []
+        before, after = self._projections(images(request.positive)), self._projections(images(self.target))
+        self._way = {site: (after[site] - own).mean(0) for site, own in before.items()}
+
+    def __call__(self, factual: Tensor, counterfactual: Tensor) -> bool | None:
+        return self.share(factual, counterfactual) >= FAR_ENOUGH
+
+    def share(self, factual: Tensor, counterfactual: Tensor) -> float:
+        """How much of the way latents ``(1, C, h, w)`` have gone from their factual's, mean of the sites."""
+        before, now, shares = self._projections(factual), self._projections(counterfactual), []
         for site, way in self._way.items():
-            moved = now[site][0] - self._factuals[site][place]
+            moved = now[site][0] - before[site][0]
             shares.append(float(moved @ way) / max(float(way @ way), 1e-12))
         return sum(shares) / len(shares)
 

@@ -29,11 +29,11 @@ class Says:
     def __init__(self, says):
         self.says = says
 
-    def begin(self, factuals, start, noise):
-        self.factuals = factuals
+    def begin(self, start, noise):
+        pass
 
-    def __call__(self, place, counterfactual):
-        return self.says(self.factuals[place], counterfactual[0])
+    def __call__(self, factual, counterfactual):
+        return self.says(factual, counterfactual)
 
 
 def changed_by(least):
@@ -84,13 +84,13 @@ def test_without_a_judge_the_way_to_the_targets_own_images_counts(pixart, steere
     asked = request(steered)
     flips = ByTarget(steered, asked, tiny.cond(3))
     whole = sample_pair(steered, asked)
-    flips.begin(whole.factual, torch.zeros_like(whole.factual), noise())
-    targets = [flips.share(place, one) for place, one in enumerate(whole.factual.split(1))]
+    flips.begin(torch.zeros_like(whole.factual), noise())
+    targets = [flips.share(one, one) for one in whole.factual.split(1)]
     assert targets == pytest.approx([0.0] * 3, abs=1e-5)  # a factual has gone nowhere
     drawn = sampling.resample(
         pixart, tiny.cond(3), tiny.cond(2), torch.zeros_like(whole.factual), noise(), asked.schedule, 3.0, 11
     )
-    gone = [flips.share(place, one) for place, one in enumerate(drawn.split(1))]
+    gone = [flips.share(*both) for both in zip(whole.factual.split(1), drawn.split(1), strict=True)]
     assert sum(gone) / 3 == pytest.approx(1.0, abs=1e-4)  # and what the target's prompt draws the whole way, on average
     made = calibrate(steered, asked, ByTarget(steered, asked, tiny.cond(3)), 3, 2.0)
     assert made.counted == [True] * 3
