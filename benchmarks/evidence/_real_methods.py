@@ -230,7 +230,7 @@ CHOSEN: Mapping[str, Mapping[str, Way]] = {
         "ours_both": Way(0.5, changes={**_LOW, "start": 0.35}),
         "sdedit": Way(0.5),
         "ddim_inversion": Way(0.6),
-        "flowedit": Way(0.35),
+        "flowedit": Way(0.5),
         "edit_friendly": Way(0.5),
     },
     "esophagitis -> normal z-line": {
@@ -243,6 +243,7 @@ CHOSEN: Mapping[str, Mapping[str, Way]] = {
     },
     "dyed lifted polyps -> polyps": {
         "ours_prompt": Way(0.35, changes=_LOW),
+        "ours_vector": Way(1.5, changes={**_LOW, "start": 0.35}),
         "ours_both": Way(0.5, changes={**_LOW, "start": 0.35}),
         "sdedit": Way(0.4),
         "ddim_inversion": Way(0.4),

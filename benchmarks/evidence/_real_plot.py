@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from benchmarks.evidence._real_methods import RECIPE
 from medsteer_core.pictures.drawing import pixels
 
 COLOURS = {
@@ -28,16 +29,22 @@ def plot(pairs: Mapping[str, Mapping[str, Any]]) -> Tensor:
     for (name, pair), axis in zip(pairs.items(), axes, strict=False):
         for label, row in pair["methods"].items():
             method = label.split(" ")[0]
-            if method in COLOURS:
+            if method == RECIPE:
+                axis.scatter(row["flip"], row["psnr"], s=90, marker="*", color=COLOURS[method], zorder=5)
+            elif method in COLOURS:
                 face = COLOURS[method] if label.endswith(" lock") else "none"
-                axis.scatter(row["flip"], row["psnr"], s=34, facecolor=face, edgecolor=COLOURS[method])
+                axis.scatter(row["flip"], row["psnr"], s=34, facecolor=face, edgecolor=COLOURS[method], alpha=0.8)
         axis.axhline(pair["methods"]["nothing"]["psnr"], color="#bbbbbb", linewidth=1, linestyle=":")
         axis.axvline(pair["methods"]["truth"]["flip"], color="#bbbbbb", linewidth=1, linestyle="--")
         axis.set(title=name, xlabel="flipped", ylabel="PSNR to the truth (dB)", xlim=(-0.03, 1.03))
     for axis in list(axes):
         axis.axis("off")
-    marks = [figure.axes[0].scatter([], [], color=colour, label=name.replace("_", " "))
-             for name, colour in COLOURS.items()]  # fmt: skip
+    marks = [
+        figure.axes[0].scatter(
+            [], [], color=colour, marker="*" if name == RECIPE else "o", label=name.replace("_", " ")
+        )
+        for name, colour in COLOURS.items()
+    ]
     figure.legend(handles=marks, loc="outside lower center", ncols=len(marks), frameon=False, fontsize=9)
     figure.suptitle(
         "Filled: under the lock. Hollow: free. Dotted: the image as it is. Dashed: the truth's flips.", size=9
