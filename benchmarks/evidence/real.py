@@ -49,6 +49,7 @@ from benchmarks.shared.sheet import sheet
 from medsteer_core.intervals import newcombe
 
 FLIP_WANTED = 0.9
+IN_SHEET = (RECIPE, "ours_both", *BASELINES)
 
 
 def main(words: list[str]) -> int:
@@ -100,7 +101,8 @@ def run(chosen: argparse.Namespace) -> tuple[dict[str, Any], Tensor]:
             label = label_of(name, way)
             images, row = _measured(case, methods, real, name, way, kept / chosen.split / pair.slug, chosen.n)
             rows[label] = row
-            shown[label] = images
+            if name in IN_SHEET:
+                shown[label] = images
             print(f"{pair.name}: {_line(label, row)}", flush=True)
         pairs[pair.name] = {
             "methods": rows,
