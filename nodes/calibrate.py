@@ -6,9 +6,9 @@ import json
 
 from comfy_api.latest import io
 
-from ..medsteer_core.host.canvas.notes import note
 from ..medsteer_core.host.folders import judges as judge_folder
-from .sampler import CounterfactualSampler, request_of
+from .judge_inputs import class_inputs
+from .sampler import CounterfactualSampler, output_of, request_of
 from .types import CATEGORY
 
 _LEFT_OUT, _AFTER = "strengths", "latent_image"
@@ -31,10 +31,7 @@ class CalibrateStrength(io.ComfyNode):
                     "none: the model itself, by the prompt at target. Others are in models/medsteer/judges."
                 ),
             ),
-            io.String.Input(
-                "source_class", default="polyps", tooltip="The class of the factual images, as the judge calls it."
-            ),
-            io.String.Input("target_class", default="normal cecum", tooltip="The class that they should become."),
+            *class_inputs(),
             io.Int.Input(
                 "passes",
                 default=5,
@@ -98,14 +95,4 @@ class CalibrateStrength(io.ComfyNode):
         request, by = request_of(cls.hidden, model, latent_image=latent_image, **inputs), judge_folder.judge_of(judge)
         flips = ByTarget(model, request, target) if by is None else ByJudge(vae, by, source_class, target_class)
         made = calibrate(model, request, flips, passes, most)
-        pair = made.pair
-        return io.NodeOutput(
-            {"samples": pair.factual},
-            {"samples": pair.counterfactual},
-            pair.concept_map,
-            pair.mask,
-            pair.summary,
-            pair.records,
-            json.dumps(told(made), indent=1),
-            ui=note(pair.summary),
-        )
+        return output_of(made.pair, json.dumps(told(made), indent=1))

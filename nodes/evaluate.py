@@ -11,6 +11,7 @@ from ..medsteer_core.dataset.records import COUNTERFACTUAL, RANDOM, REPROMPT, ST
 from ..medsteer_core.host.canvas.notes import note
 from ..medsteer_core.host.folders import judges as judge_folder
 from ..medsteer_core.scores.images import channels_first
+from .judge_inputs import class_inputs
 from .prompts import mask_in_graph
 from .types import CATEGORY, Vector
 
@@ -39,10 +40,7 @@ class EvaluatePairs(io.ComfyNode):
                         "Others are in models/medsteer/judges."
                     ),
                 ),
-                io.String.Input(
-                    "source_class", default="polyps", tooltip="The class of the factual images, as the judge calls it."
-                ),
-                io.String.Input("target_class", default="normal cecum", tooltip="The class that they should become."),
+                *class_inputs(),
                 io.Mask.Input(
                     "mask",
                     optional=True,

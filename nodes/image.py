@@ -58,7 +58,7 @@ class CounterfactualOfImage(io.ComfyNode):
                 io.String.Input(
                     "strengths",
                     default="1",
-                    tooltip=("One counterfactual for each number: times the strength that Steer sets. 0: no steering."),
+                    tooltip="One counterfactual for each number: times the strength that Steer sets. 0: no steering.",
                 ),
                 lock_input(
                     AUTOMATIC,

@@ -15,6 +15,7 @@ from ..medsteer_core.host.folders import judges as judge_folder
 from ..medsteer_core.host.sampling import counterfactual as sampled
 from ..medsteer_core.pictures.summary import describe
 from ..medsteer_core.scores.images import channels_first, compare_pairs
+from .judge_inputs import class_inputs
 from .types import CATEGORY, Vector
 
 # The workflow goes into the preview's PNG, as core's Preview Image does it.
@@ -163,10 +164,7 @@ class StrengthSweep(io.ComfyNode):
                         "SSIM alone. Others are in models/medsteer/judges."
                     ),
                 ),
-                io.String.Input(
-                    "source_class", default="polyps", tooltip="The class of the factual images, as the judge calls it."
-                ),
-                io.String.Input("target_class", default="normal cecum", tooltip="The class that they should become."),
+                *class_inputs(),
             ],
             outputs=[
                 io.Image.Output("grid", tooltip="Factual first, then a column for each strength."),

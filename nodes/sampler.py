@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..medsteer_core.host.canvas.notes import note
 from ..medsteer_core.host.sampling import runs as sampling
-from ..medsteer_core.host.sampling.counterfactual import multiples_of, sample_pair, strengths_problem
+from ..medsteer_core.host.sampling.counterfactual import Pair, multiples_of, sample_pair, strengths_problem
 from ..medsteer_core.host.sampling.pair_request import ALL, PairRequest
 from ..medsteer_core.steering.presets import CUSTOM
 from ..medsteer_core.steering.recipes import OPEN, SAMPLER_RECIPES
@@ -183,16 +183,21 @@ class CounterfactualSampler(io.ComfyNode):
             lock_threshold, lock_dilation, sampler, sigmas, noise, mask, counterfactual, counterfactual_start,
             lock_smoothing, computed_tokens, kept_memory, recipe, multiples_of(strengths),
         )  # fmt: skip
-        pair = sample_pair(model, request)
-        return io.NodeOutput(
-            {"samples": pair.factual},
-            {"samples": pair.counterfactual},
-            pair.concept_map,
-            pair.mask,
-            pair.summary,
-            pair.records,
-            ui=note(pair.summary),
-        )
+        return output_of(sample_pair(model, request))
+
+
+def output_of(pair: Pair, *more) -> io.NodeOutput:
+    """The outputs of a node that samples pairs, with ``more`` of its own after them, and the summary on its face."""
+    return io.NodeOutput(
+        {"samples": pair.factual},
+        {"samples": pair.counterfactual},
+        pair.concept_map,
+        pair.mask,
+        pair.summary,
+        pair.records,
+        *more,
+        ui=note(pair.summary),
+    )
 
 
 def request_of(
