@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
+from benchmarks.evidence._methods import RECIPE
 from benchmarks.shared.sheet import pixels
 
 Point = tuple[float, float]  # (structure, flip rate), both better when larger
 EPSILON = 1e-9
-RECIPE = "recipe"
 
 # Okabe and Ito's colours, and a marker each, so that neither alone has to tell the methods apart.
 STYLES = {

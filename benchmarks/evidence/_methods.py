@@ -18,7 +18,7 @@ from benchmarks.evidence._controls import random_direction
 from benchmarks.evidence._method import Chunk, Method, Vectors
 from benchmarks.shared import presets as _presets
 from benchmarks.shared.lab import BATCH, CFG, Lab
-from benchmarks.shared.presets import ALONE, BESIDE, Pair, Preset, Presets, Sweep
+from benchmarks.shared.presets import Pair, Preset, Presets, Sweep
 from medsteer_core.scores.scorer import embedded_judges, score_pairs
 from medsteer_core.steering.recipes import CONCEPT, OPEN, PREDICTION
 from medsteer_core.vectors.pathology_vector import PathologyVector
@@ -46,10 +46,10 @@ def methods(lab: Lab, vectors: Vectors, pair: Pair, presets: Presets) -> dict[st
     medsteer, polypsteer = presets.medsteer, presets.polypsteer
     other = _presets.OTHER[pair]
     made = [
-        recipe(lab, vectors, pair, presets.recipe_for(pair)),
+        recipe(lab, vectors, pair, presets.ours_for(pair)),
         *_steering_arms(VECTOR, lab, vectors, pair, presets.ours_for(pair), _presets.STARTS),
         *_steering_arms("both", lab, vectors, pair, presets.both_for(pair), _presets.STARTS),
-        calibrated(lab, vectors, pair, presets.recipe_for(pair)),
+        calibrated(lab, vectors, pair, presets.ours_for(pair)),
         *_prompt_arms(lab, vectors, pair, presets.ours_for(pair)),
         calibrated_prompt(lab, vectors, pair, presets.ours_for(pair)),
         *_steering_arms("medsteer", lab, vectors, pair, medsteer, _presets.WINDOWS),
@@ -82,16 +82,13 @@ def _steering_arms(
 
 
 def recipe(lab: Lab, vectors: Vectors, pair: Pair, preset: Preset) -> Method:
-    """What the nodes' recipe for such a pair makes, at its own values alone."""
-    if preset.prompt == ALONE:
-        made = _prompt_in_map(lab, vectors, pair, preset)
-        return replace(made, name=RECIPE, values=(preset.start,))
+    """What the nodes' recipe for such a pair makes, at its own strength alone."""
     return steering(RECIPE, lab, vectors, pair, replace(preset, strengths=(preset.headline,)))
 
 
 def steering(name: str, lab: Lab, vectors: Vectors, pair: Pair, preset: Preset, of: Pair | None = None) -> Method:
     """Steering by a preset, with the pair's vector or that ``of`` another."""
-    of, prompt = of or pair, preset.prompt == BESIDE
+    of, prompt = of or pair, preset.prompt
 
     def run_many(chunk: Chunk, strengths: Sequence[float]) -> Tensor:
         model = steered(lab, vectors.vector(of, preset.noise, preset.samples), preset, 1.0)
@@ -125,8 +122,6 @@ def calibrated(lab: Lab, vectors: Vectors, pair: Pair, preset: Preset) -> Method
         vector = vectors.vector(pair, preset.noise, preset.samples)
         model = steered(lab, vector, preset, preset.headline)
         request = _request(lab, preset, lab.prompt(pair.source), chunk.noise)
-        if preset.prompt == BESIDE:
-            request = replace(request, counterfactual=lab.prompt(pair.target), start_percent=preset.start)
         flips = ByJudge(lab.vae, embedded_judges(), pair.source, pair.target)
         return calibrate(model, request, flips, int(passes), MOST).pair.counterfactual
 

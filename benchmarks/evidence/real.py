@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.evidence import _real_odd
+from benchmarks.evidence._choice import FLIP_WANTED
 from benchmarks.evidence._real_case import MEASURES, SEEDS, SHOWN, Case, mean_of, row_of
 from benchmarks.evidence._real_methods import (
     BASELINES,
@@ -48,7 +49,6 @@ from benchmarks.shared.record import machine
 from benchmarks.shared.sheet import sheet
 from medsteer_core.intervals import newcombe
 
-FLIP_WANTED = 0.9
 IN_SHEET = (RECIPE, "ours_both", *BASELINES)
 
 

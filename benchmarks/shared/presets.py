@@ -92,16 +92,13 @@ OTHER = {
 }
 
 
-NONE, BESIDE, ALONE = "none", "beside", "alone"
-
-
 @dataclass(frozen=True)
 class Preset:
     """A way to steer with the pair's vector (source minus target): operator, where, when, and how it is extracted.
 
     ``sites`` may be written for another depth, as ``8-15 of 28``. ``strengths`` are swept, ``headline`` is one of them.
     ``lock`` and what begins with it are Counterfactual Sampler's; ``prompt``: whether the counterfactual has the
-    target's prompt, `NONE`, `BESIDE` the steering or `ALONE`, where the vector only says where (see `_methods`).
+    target's prompt beside the steering.
     """
 
     operator: str
@@ -118,7 +115,7 @@ class Preset:
     lock_threshold: float = 0.2
     lock_dilation: int = 1
     lock_smoothing: int = 0
-    prompt: str = NONE
+    prompt: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "strengths", tuple(float(value) for value in self.strengths))
@@ -187,16 +184,12 @@ class Presets:
     ours: Mapping[str, Preset] = field(default_factory=lambda: dict(OURS))
 
     def ours_for(self, pair: Pair) -> Preset:
-        """Ours by vector alone for a pair: by its kind, and for a diffuse finding by that."""
+        """Ours for a pair, as the nodes' recipe has it: by its kind, and for a diffuse finding by that."""
         return self.ours.get(DIFFUSE if pair.diffuse else pair.kind, self.ours[pair.kind])
 
     def both_for(self, pair: Pair) -> Preset:
         """Steering and the target's prompt together."""
-        return replace(self.ours_for(pair), strengths=WITH_PROMPT, headline=WITH_PROMPT[1], prompt=BESIDE)
-
-    def recipe_for(self, pair: Pair) -> Preset:
-        """What the nodes' recipe says for such a pair."""
-        return self.ours_for(pair)
+        return replace(self.ours_for(pair), strengths=WITH_PROMPT, headline=WITH_PROMPT[1], prompt=True)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
